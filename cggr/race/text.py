@@ -1,0 +1,153 @@
+"""Real text: which files, and which of them are held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cggr.race.settings import RaceError
+
+MAX_TEXT_BYTES = 256_000_000  # a race of minutes on one machine sees less
+MAX_HELDOUT_BYTES = 120_000  # about 35,000 tokens: an evaluation costs a second on two CPU cores
+HELDOUT_FRACTION = 0.05
+
+# The library's own tests are left out because many distributions do not install them.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One file's text, under a name that does not tell where the machine keeps it."""
+
+    name: str
+    text: str
+
+    @property
+    def size(self) -> int:
+        """Bytes in UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Documents to train on and documents to measure on.
+
+    Args:
+        training: Documents for training.
+        heldout: Documents that no lane trains on.
+        digest: SHA-256 of all of it.
+        notes: What a reader of the result should know about the choice, one sentence each.
+    """
+
+    training: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    digest: str
+    notes: tuple[str, ...]
+
+
+def read_documents(paths: Sequence[Path] = ()) -> tuple[list[Document], list[str]]:
+    """Reads files and folders, or the Python standard library's source if there are none.
+
+    A folder gives its files of UTF-8 text, hidden ones aside. Of files with the same content the
+    first counts, so that no held-out file has a twin in the training text.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        The documents, in an order that depends on their names alone, and notes on what was left
+        out.
+
+    Raises:
+        RaceError: A path does not exist or is no text, or there is no text at all.
+    """
+    found: dict[bytes, Document] = {}
+    total, unreadable, notes = 0, 0, []
+    for name, path, named in _files(paths):
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        except OSError as error:
+            raise RaceError(f"--text {path}: {error.strerror}") from None
+        # NUL is valid UTF-8 but marks a binary file, as it does for git and grep.
+        if "\0" in text:
+            if named:
+                raise RaceError(f"--text {path}: not a file of UTF-8 text")
+            unreadable += 1
+            continue
+        document = Document(name, text)
+        if not text.strip() or (key := hashlib.sha256(text.encode()).digest()) in found:
+            continue
+        if total + document.size > MAX_TEXT_BYTES:
+            notes.append(f"Only the first {MAX_TEXT_BYTES / 1e6:.0f} MB of the text are used.")
+            break
+        found[key] = document
+        total += document.size
+    if not found:
+        names = " ".join(str(path) for path in paths) or "the standard library"
+        raise RaceError(f"--text {names}: no text in it")
+    if unreadable:
+        notes.append(f"{unreadable} files are not UTF-8 text and were left out.")
+    return list(found.values()), notes
+
+
+def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path, bool]]:
+    """Yields (name, path, was it named by the user) in a deterministic order."""
+    if not paths:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root)
+            if not _SKIPPED_FOLDERS.intersection(name.parts):
+                yield name.as_posix(), path, False
+    for root in paths:
+        if root.is_file():
+            yield root.name, root, True
+        elif root.is_dir():
+            for folder, subfolders, files in os.walk(root):
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                for file in sorted(name for name in files if not name.startswith(".")):
+                    path = Path(folder, file)
+                    if path.is_file():
+                        yield f"{root.name}/{path.relative_to(root).as_posix()}", path, False
+        else:
+            raise RaceError(f"--text {root}: no such file or folder")
+
+
+def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) -> Split:
+    """Holds out whole files, 5 % of the text or 120 kB, whichever is less.
+
+    The files are taken in the order of a hash of their names, so the choice is the same on every
+    machine and independent of their content. Where every file is larger than that (a single file,
+    say), the last part of the last file is held out instead.
+
+    Args:
+        documents: The documents, at least one.
+        notes: Notes to pass on.
+    """
+    room = min(MAX_HELDOUT_BYTES, int(HELDOUT_FRACTION * sum(item.size for item in documents)))
+    heldout: list[Document] = []
+    for document in sorted(documents, key=lambda item: hashlib.sha256(item.name.encode()).digest()):
+        if document.size <= room:
+            heldout.append(document)
+            room -= document.size
+    training = [document for document in documents if document not in set(heldout)]
+    notes = list(notes)
+    if not heldout:
+        *training, last = documents
+        size = min(MAX_HELDOUT_BYTES, max(1, int(HELDOUT_FRACTION * last.size)))
+        # Cut at a character of the file, which is where a byte offset of UTF-8 may not be.
+        head = last.text.encode()[: last.size - size].decode(errors="ignore")
+        training.append(Document(last.name, head))
+        heldout.append(Document(last.name, last.text[len(head) :]))
+        notes.append(f"The last {size / last.size:.1%} of {last.name} are held out.")
+    digest = hashlib.sha256()
+    for part in (training, heldout):
+        for document in part:
+            digest.update(hashlib.sha256(document.text.encode()).digest())
+        digest.update(b"|")
+    return Split(tuple(training), tuple(heldout), digest.hexdigest(), tuple(notes))

@@ -1,0 +1,169 @@
+"""From text to token ids: a byte-level BPE trained on the text, and batches of its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cggr.race.settings import RaceError
+from cggr.race.text import Document, Split
+
+Tokens = npt.NDArray[np.int32]
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # every byte and END_OF_TEXT
+TRAINING_BYTES = 8_000_000  # more does not change the merges of a small vocabulary much
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token ids of the training and of the held-out text.
+
+    Args:
+        training: All training documents, each preceded by the end-of-text token.
+        heldout: All held-out documents, likewise.
+        heldout_bytes: Size of the held-out documents in UTF-8.
+        vocab_size: Number of tokens of the vocabulary.
+        end_of_text: Id of the end-of-text token, None if the tokenizer has none.
+    """
+
+    training: Tokens
+    heldout: Tokens
+    heldout_bytes: int
+    vocab_size: int
+    end_of_text: int | None
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Converts nats per held-out token to bits per held-out byte."""
+        return loss * (len(self.heldout) - 1) / (np.log(2) * self.heldout_bytes)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE, which can encode any text and decode it back unchanged.
+
+    Args:
+        texts: Training texts; documents spread over all of them are used, 8 MB at most.
+        vocab_size: Largest vocabulary, `MIN_VOCAB_SIZE` or more.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # A text that happens to contain "<|endoftext|>" does not end there.
+    tokenizer.encode_special_tokens = True
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    stride = max(1, -(-sum(map(len, texts)) // TRAINING_BYTES))
+    sample = [text[:TRAINING_BYTES] for text in texts[::stride]]
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: int | None) -> Tokens:
+    """Encodes texts into one stream, each preceded by the end-of-text token if there is one."""
+    separator = [] if end_of_text is None else [end_of_text]
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    parts = [np.array(separator + encoding.ids, dtype=np.int32) for encoding in encodings]
+    return np.concatenate(parts)
+
+
+def prepare(
+    split: Split,
+    *,
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    end_of_text: int | None = None,
+    cache: Path | None = None,
+) -> Corpus:
+    """Tokenizes a split, or finds it tokenized in the cache.
+
+    Args:
+        split: The documents.
+        vocab_size: Vocabulary of the tokenizer to train.
+        tokenizer: A model's own tokenizer, to use instead of training one.
+        end_of_text: Its end-of-text token.
+        cache: Folder of the cache; the user's cache folder if None.
+
+    Raises:
+        RaceError: The cache cannot be written.
+    """
+    recipe = f"{vocab_size}" if tokenizer is None else f"{tokenizer.to_str()}{end_of_text}"
+    key = hashlib.sha256(f"1|{tokenizers.__version__}|{split.digest}|{recipe}".encode())
+    folder = cache or Path(platformdirs.user_cache_dir("cggr", appauthor=False))
+    path = folder / f"tokens-{key.hexdigest()[:32]}.npz"
+    heldout_bytes = sum(document.size for document in split.heldout)
+    if path.is_file():
+        with np.load(path) as arrays:
+            size, end = (int(value) for value in arrays["vocabulary"])
+            training, heldout = arrays["training"], arrays["heldout"]
+        return Corpus(training, heldout, heldout_bytes, size, None if end < 0 else end)
+
+    if tokenizer is None:
+        tokenizer = train_tokenizer(_texts(split.training), vocab_size)
+        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    corpus = Corpus(
+        training=encode(tokenizer, _texts(split.training), end_of_text),
+        heldout=encode(tokenizer, _texts(split.heldout), end_of_text),
+        heldout_bytes=heldout_bytes,
+        vocab_size=tokenizer.get_vocab_size(),
+        end_of_text=end_of_text,
+    )
+    vocabulary = np.array([corpus.vocab_size, -1 if end_of_text is None else end_of_text])
+    # Written under another name first, so that a run that is cut off leaves no half file.
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(partial, training=corpus.training, heldout=corpus.heldout, vocabulary=vocabulary)
+        partial.replace(path)
+    except OSError as error:
+        raise RaceError(
+            f"cannot write the token cache in {folder}: {error.strerror}; "
+            "XDG_CACHE_HOME moves it"
+        ) from None
+    return corpus
+
+
+def _texts(documents: Sequence[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+def batches(
+    tokens: Tokens, *, batch_size: int, sequence_length: int, seed: int
+) -> Callable[[int], npt.NDArray[np.int64]]:
+    """Returns a function from the step to its batch, a pure one, so that every lane gets the same.
+
+    Args:
+        tokens: The stream to cut sequences from, at positions that are uniform at random.
+        batch_size: Sequences per batch.
+        sequence_length: Tokens per sequence.
+        seed: Seed of the positions.
+
+    Raises:
+        RaceError: The stream is shorter than one batch.
+    """
+    if len(tokens) < batch_size * sequence_length:
+        raise RaceError(
+            f"the text is too short: {len(tokens)} training tokens, but one batch of "
+            f"{batch_size} x {sequence_length} needs {batch_size * sequence_length}; give more "
+            "text, or a smaller --batch-size or --sequence-length"
+        )
+    span = np.arange(sequence_length)
+
+    def batch(step: int) -> npt.NDArray[np.int64]:
+        random = np.random.default_rng((seed, step))
+        starts = random.integers(len(tokens) - sequence_length + 1, size=(batch_size, 1))
+        return tokens[starts + span].astype(np.int64)
+
+    return batch

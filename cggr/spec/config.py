@@ -1,0 +1,195 @@
+"""Every option of CGGR, its range and its error message, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from cggr.spec import schedule
+
+SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss")
+SELECTIONS = ("topk", "stratified", "sequence_aware", "importance", "random", "fixed_quota")
+SCOPES = ("batch", "sequence")
+MAX_STRATA = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Which tokens to learn from; immutable and hashable, so it can be a static argument of jit.
+
+    Names and defaults are those of cggr 0.5.0 where it had them. ``selection="topk"`` alone lost
+    to random selection when measured; prefer ``"importance"`` or ``"stratified"``.
+
+    Args:
+        scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,
+            ``"error_norm"``, ``"excess_loss"``, or a callable ``TokenStatistics -> scores``
+            written in the array API. See :func:`cggr.spec.scoring.token_difficulty`.
+        selection: Which tokens are kept: ``"topk"``, ``"stratified"``, ``"sequence_aware"``,
+            ``"importance"``, ``"random"``, or ``"fixed_quota"`` (topk without the dynamic
+            threshold). See :func:`cggr.spec.selection.select_tokens`.
+        min_tokens_ratio: Fraction of the eligible tokens to keep after the warm-up, in (0, 1].
+        warmup_steps: Optimizer steps over which the ratio falls linearly from 1 to
+            `min_tokens_ratio`.
+        dynamic_threshold: Keep more tokens while the model is unsure.
+        threshold_sensitivity: By how much, in [0, 1]: ``ratio (1 + sensitivity (1 - confidence))``.
+        num_strata: Number of parts of equal size into which ``"stratified"`` ranks the tokens,
+            1 to 256.
+        min_tokens_per_sequence: How many tokens of every sequence ``"sequence_aware"`` keeps at
+            least.
+        importance_floor: Added to every difficulty by ``"importance"``, so that each token can be
+            drawn; > 0, in the unit of the score.
+        scope: ``"batch"`` ranks over the whole batch, ``"sequence"`` inside every sequence.
+        seed: Seed of the sampling selections, in [0, 2**32).
+        ignore_index: Target that is never scored, selected or counted.
+
+    Raises:
+        ValueError: An option is out of its range; the message names it, its value and the range.
+        TypeError: An option has the wrong type.
+
+    Example:
+        >>> config = RoutingConfig(selection="stratified", min_tokens_ratio=0.1)
+        >>> config.scoring, config.num_strata
+        ('combined', 4)
+        >>> RoutingConfig(min_tokens_ratio=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: min_tokens_ratio must be in (0, 1], got 0.0.
+    """
+
+    scoring: str | Callable[..., Any] = "combined"
+    selection: str = "topk"
+    min_tokens_ratio: float = 0.25
+    warmup_steps: int = 1000
+    dynamic_threshold: bool = True
+    threshold_sensitivity: float = 0.5
+    num_strata: int = 4
+    min_tokens_per_sequence: int = 1
+    importance_floor: float = 0.05
+    scope: str = "batch"
+    seed: int = 0
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if not callable(self.scoring):
+            _check_choice("scoring", self.scoring, SCORINGS, " or a callable")
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("scope", self.scope, SCOPES)
+        self._set("min_tokens_ratio", _number("min_tokens_ratio", self.min_tokens_ratio))
+        if not 0 < self.min_tokens_ratio <= 1:
+            raise ValueError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio}.")
+        self._set(
+            "threshold_sensitivity", _number("threshold_sensitivity", self.threshold_sensitivity)
+        )
+        if not 0 <= self.threshold_sensitivity <= 1:
+            raise ValueError(
+                f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity}."
+            )
+        self._set("importance_floor", _number("importance_floor", self.importance_floor))
+        if not 0 < self.importance_floor < math.inf:
+            raise ValueError(
+                f"importance_floor must be positive and finite, got {self.importance_floor}."
+            )
+        if not isinstance(self.dynamic_threshold, bool):
+            raise TypeError(
+                f"dynamic_threshold must be True or False, got {self.dynamic_threshold!r}."
+            )
+        for name, low, high in (
+            ("warmup_steps", 0, 2**31 - 1),
+            ("num_strata", 1, MAX_STRATA),
+            ("min_tokens_per_sequence", 0, 2**31 - 1),
+            ("seed", 0, 2**32 - 1),
+            ("ignore_index", -(2**31), 2**31 - 1),
+        ):
+            value = _integer(name, getattr(self, name))
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], got {value}.")
+            self._set(name, value)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the ratio follows the batch's confidence."""
+        return self.dynamic_threshold and self.selection != "fixed_quota"
+
+    def capacity_ratio(self, step: int) -> int:
+        """Upper bound on the ratio from `step` on, in units of 2**-14; at most four values a run.
+
+        The values are 1, 3/4, 1/2 and the bound after the warm-up, so that a compiled training
+        step exists in at most four variants. It never increases with the step.
+
+        Args:
+            step: Optimizer step, a Python int on the host.
+
+        Returns:
+            An int in [1, 2**14].
+
+        Example:
+            >>> config = RoutingConfig(min_tokens_ratio=0.25, warmup_steps=100)
+            >>> [config.capacity_ratio(step) / schedule.ONE for step in (0, 50, 70, 90, 100)]
+            [1.0, 1.0, 0.75, 0.5, 0.375]
+        """
+        step = _integer("step", step)
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}.")
+        bound = schedule.ratio_bound(self, step)
+        final = schedule.ratio_bound(self, self.warmup_steps)
+        levels = (schedule.ONE, 3 * schedule.ONE // 4, schedule.ONE // 2, final)
+        return min(level for level in levels if level >= max(bound, final))
+
+    def capacity(self, step: int, batch: int, length: int) -> int:
+        """Number of slots that hold the selection of any batch of this shape at `step`.
+
+        Computed on the host from the step alone, never from a device value: pass it to
+        :func:`~cggr.spec.selection.select_tokens` as a static argument.
+
+        Args:
+            step: Optimizer step, a Python int.
+            batch: Number of sequences B.
+            length: Tokens per sequence S.
+
+        Returns:
+            Slots for the batch, or per sequence with ``scope="sequence"``.
+
+        Example:
+            >>> RoutingConfig(warmup_steps=0).capacity(0, batch=4, length=100)
+            150
+        """
+        return self.capacity_at(self.capacity_ratio(step), batch, length)
+
+    def capacity_at(self, capacity_ratio: int, batch: int, length: int) -> int:
+        """:meth:`capacity` for a given :meth:`capacity_ratio`."""
+        groups, size = (1, batch * length) if self.scope == "batch" else (batch, length)
+        slots = schedule.ceil_share(size, capacity_ratio)
+        if self.selection == "sequence_aware":
+            floor = min(self.min_tokens_per_sequence, length)
+            slots = max(slots, floor * (batch // max(groups, 1)))
+        return min(slots, size)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(
+            f"{name} must be one of {listed}{' ' + more if more else ''}, got {value!r}."
+        )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None

@@ -1,0 +1,33 @@
+"""CGGR for PyTorch: scoring, selection, losses and model wrappers.
+
+Labels of :class:`CGGRModel` and :class:`CGGRScorer` are Hugging Face style, those of
+:class:`CGGRLoss` and :class:`CGGRLinearLoss` are aligned with the logits.
+"""
+
+from cggr.spec import RoutingConfig, Selection, TokenStatistics
+from cggr.torch.functional import (
+    linear_token_statistics,
+    select_tokens,
+    token_difficulty,
+    token_statistics,
+)
+from cggr.torch.loss import CGGRLinearLoss, CGGRLoss
+from cggr.torch.model import CGGRModel
+from cggr.torch.router import TruncatedRouter, create_truncated_router
+from cggr.torch.scorer import CGGRScorer
+
+__all__ = [
+    "CGGRLinearLoss",
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
+    "RoutingConfig",
+    "Selection",
+    "TokenStatistics",
+    "TruncatedRouter",
+    "create_truncated_router",
+    "linear_token_statistics",
+    "select_tokens",
+    "token_difficulty",
+    "token_statistics",
+]

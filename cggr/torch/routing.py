@@ -1,0 +1,155 @@
+"""What every routed module shares: options, step and draw counters, capacity, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr.spec import RoutingConfig
+from cggr.spec.schedule import ONE
+
+
+class RoutedModule(nn.Module):
+    """Holds the routing options and the state of the schedule.
+
+    The step counts optimizer steps, the draw counts training forwards; both are buffers, so they
+    are saved, restored and moved with the module, and a resumed run repeats its masks. The host
+    keeps its own copy of the step, from which it knows the static capacity without asking the
+    device.
+
+    Args:
+        config: The routing options; or give them as keywords.
+        capacity: ``"exact"`` sizes every selection to what is selected, with one host
+            synchronisation a forward; ``"static"`` takes at most four sizes over a run and never
+            synchronises: use it under torch.compile and CUDA graphs.
+        **options: Fields of :class:`RoutingConfig`, by keyword.
+    """
+
+    step_count: Tensor
+    draw_count: Tensor
+
+    def __init__(
+        self, config: RoutingConfig | None = None, capacity: str = "exact", **options: Any
+    ) -> None:
+        super().__init__()
+        if capacity not in ("exact", "static"):
+            raise ValueError(f"capacity must be 'exact' or 'static', got {capacity!r}.")
+        self.config = _config(config, options)
+        self.capacity = capacity
+        self.register_buffer("step_count", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("draw_count", torch.zeros((), dtype=torch.int32))
+        self._set_host_step(0)
+        self._metrics: dict[str, Any] = {}
+
+    def step(self) -> None:
+        """Advance the schedule; call it after every ``optimizer.step()``."""
+        self.step_count += 1
+        self._set_host_step(self._host_step + 1)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Same as :meth:`get_metrics`."""
+        return self.get_metrics()
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Numbers of the last training forward; reading them synchronises with the device.
+
+        Returns:
+            step, token_ratio (asked for), tokens_selected, tokens_total (eligible tokens),
+            avg_confidence, avg_entropy, avg_difficulty (means over eligible tokens), selection and
+            scoring. Empty before the first training forward. Averages are absent when nothing was
+            scored.
+        """
+        return {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in self._metrics.items()
+        }
+
+    def slots(self, batch: int, length: int) -> int | None:
+        """Capacity for a selection over this shape; None if it is to be exact."""
+        if self.capacity == "exact":
+            return None
+        return self.config.capacity_at(self._capacity_ratio, batch, length)
+
+    def next_draw(self) -> Tensor:
+        """Number of this training forward; the counter moves on."""
+        draw = self.draw_count.clone()
+        self.draw_count += 1
+        return draw
+
+    def record(
+        self,
+        *,
+        ratio: Tensor,
+        tokens_selected: Tensor,
+        eligible: Tensor,
+        **scored: Tensor,
+    ) -> None:
+        """Keep the metrics on the device until somebody asks; `scored` are ``(B, S)`` or none."""
+        total = eligible.sum(dtype=torch.int32)
+        averages = {
+            f"avg_{name}": torch.where(eligible, value, 0).sum() / total.clamp(min=1)
+            for name, value in scored.items()
+        }
+        self._metrics = {
+            "step": self.step_count.clone(),
+            "token_ratio": ratio[0].to(torch.float32) / ONE,
+            "tokens_selected": tokens_selected,
+            "tokens_total": total,
+            **averages,
+            "selection": self.config.selection,
+            "scoring": scoring_name(self.config),
+        }
+
+    def _set_host_step(self, step: int) -> None:
+        self._host_step = step
+        # Kept ready, so that a compiled forward depends on four values and not on every step.
+        self._capacity_ratio = self.config.capacity_ratio(step)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.step_count.is_meta:
+            self._set_host_step(int(self.step_count))
+
+    def extra_repr(self) -> str:
+        """The options that differ from the defaults, for ``print(module)``."""
+        default = RoutingConfig()
+        changed = [
+            f"{field.name}={getattr(self.config, field.name)!r}"
+            for field in dataclasses.fields(self.config)
+            if getattr(self.config, field.name) != getattr(default, field.name)
+        ]
+        return ", ".join(changed)
+
+
+def process_rank() -> int:
+    """Rank in the default process group, 0 without one: ranks draw independent samples."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def scoring_name(config: RoutingConfig) -> str:
+    """Name of the score, for metrics."""
+    if isinstance(config.scoring, str):
+        return config.scoring
+    return getattr(config.scoring, "__name__", type(config.scoring).__name__)
+
+
+def _config(config: RoutingConfig | None, options: dict[str, Any]) -> RoutingConfig:
+    known = {field.name for field in dataclasses.fields(RoutingConfig)}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}.")
+    if config is None:
+        return RoutingConfig(**options)
+    if not isinstance(config, RoutingConfig):
+        raise TypeError(f"config must be a RoutingConfig, got {type(config).__name__}.")
+    if options:
+        raise TypeError(
+            f"give either config or options as keywords, got config and {', '.join(options)}."
+        )
+    return config
