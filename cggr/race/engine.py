@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ from cggr.race.settings import Budget, RaceError, RaceSettings
 
 TURN_SECONDS = 1.0
 WARMUP = 0.05  # fraction of the budget over which the learning rate rises
+ROUNDING = 1e-9  # 3 x 0.1 is not 0.3
 
 Batch = npt.NDArray[np.int64]
+BatchFunction = Callable[[int], Batch]
 
 
 class Lane(Protocol):
@@ -64,6 +66,11 @@ class Evaluation:
     tokens_trained: int
     loss: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of text that went by in a second of training."""
+        return self.tokens_seen / self.seconds if self.seconds else 0.0
+
 
 @dataclasses.dataclass
 class Run:
@@ -79,15 +86,9 @@ class Run:
     complete: bool = False
     curve: list[Evaluation] = dataclasses.field(default_factory=list)
 
-    def record(self, loss: float) -> None:
-        """Adds a point to the learning curve."""
-        point = Evaluation(self.seconds, self.steps, self.tokens_seen, self.tokens_trained, loss)
-        self.curve.append(point)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of text that went by in a second of training."""
-        return self.tokens_seen / self.seconds if self.seconds else 0.0
+    def now(self, loss: float) -> Evaluation:
+        """Where the run stands, with a held-out loss."""
+        return Evaluation(self.seconds, self.steps, self.tokens_seen, self.tokens_trained, loss)
 
 
 class Watcher:
@@ -123,7 +124,7 @@ def run_race(
     settings: RaceSettings,
     *,
     make_lane: Callable[[str, int], Lane],
-    make_batches: Callable[[int], Callable[[int], Batch]],
+    make_batches: Callable[[int], BatchFunction],
     watcher: Watcher | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Run]:
@@ -155,14 +156,14 @@ def run_race(
             runs += racing
             loss = lanes[settings.lanes[0]].evaluate()  # of the one model that all start from
             for run in racing:
-                run.record(loss)
+                run.curve.append(run.now(loss))
             watcher.seed_started(racing)
             while unfinished := [run for run in racing if not run.complete]:
                 run = min(unfinished, key=lambda run: _progress(run, settings.budget))
                 _take_turn(run, lanes[run.lane], batch, settings, clock)
                 watcher.turn_ended(run)
                 if _progress(run, settings.budget) >= _next_evaluation(run, settings):
-                    run.record(lanes[run.lane].evaluate())
+                    run.curve.append(run.now(lanes[run.lane].evaluate()))
                     run.complete = _progress(run, settings.budget) >= 1
                     watcher.evaluated(run)
     except KeyboardInterrupt:
@@ -177,8 +178,8 @@ def _progress(run: Run | Evaluation, budget: Budget) -> float:
 def _next_evaluation(run: Run, settings: RaceSettings) -> float:
     """The fraction of the budget at which the next evaluation is due, at most 1."""
     interval = settings.eval_interval
-    done = int(_progress(run.curve[-1], settings.budget) / interval + 1e-9)
-    due = interval * (done + 1)
+    done = int(_progress(run.curve[-1], settings.budget) / interval + ROUNDING)
+    due = interval * (done + 1) - ROUNDING
     # A last stretch that is shorter than half an interval joins the one before.
     return due if due < 1 - interval / 2 else 1.0
 
@@ -202,36 +203,26 @@ def _warm_up(lane: Lane, batch: Batch, budget: Budget, clock: Callable[[], float
 def _take_turn(
     run: Run,
     lane: Lane,
-    batch: Callable[[int], Batch],
+    batch: BatchFunction,
     settings: RaceSettings,
     clock: Callable[[], float],
 ) -> None:
     """Trains for a second, or until an evaluation is due, and charges the lane for it."""
     due = _next_evaluation(run, settings)
+    progress = _progress(run, settings.budget)
     before, first_step = run.seconds, run.steps
     lane.begin_turn()
     lane.synchronize()
     start = clock()
-    try:
-        while (elapsed := clock() - start) < TURN_SECONDS:
-            run.seconds = before + elapsed
-            progress = _progress(run, settings.budget)
-            if progress >= due and run.steps > first_step:
-                break
-            ids = batch(run.steps)
-            lane.train_step(ids, learning_rate(progress, settings.peak_learning_rate))
-            run.steps += 1
-            run.tokens_seen += ids.size
-        lane.synchronize()
-    finally:
+    while progress < due and run.seconds - before < TURN_SECONDS:
+        ids = batch(run.steps)
+        lane.train_step(ids, learning_rate(progress, settings.peak_learning_rate))
+        run.steps += 1
+        run.tokens_seen += ids.size
         run.seconds = before + clock() - start
+        progress = _progress(run, settings.budget)
+    lane.synchronize()
+    run.seconds = before + clock() - start
     lane.end_turn()
     run.tokens_trained += (run.steps - first_step) * lane.tokens_per_step()
     run.peak_memory = lane.peak_memory()
-
-
-def describe(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The runs as plain values for JSON."""
-    return [
-        dataclasses.asdict(run) | {"tokens_per_second": run.tokens_per_second} for run in runs
-    ]

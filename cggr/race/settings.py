@@ -63,12 +63,17 @@ class Budget:
             raise RaceError(f"{text!r} never ends: give a finite amount")
         return cls(amount, unit)
 
+    @property
+    def words(self) -> str:
+        """For a reader, such as ``40 s`` or ``500 steps``."""
+        return f"{self.amount:g} s" if self.unit == "seconds" else f"{self.amount:,.0f} steps"
+
     def spent(self, seconds: float, steps: int) -> float:
         """The fraction of the budget that has been used up, 1 or more at its end."""
         return (seconds if self.unit == "seconds" else steps) / self.amount
 
     def __str__(self) -> str:
-        return f"{self.amount:g}s" if self.unit == "seconds" else f"{int(self.amount)}steps"
+        return f"{self.amount:g}s" if self.unit == "seconds" else f"{self.amount:.0f}steps"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,12 +164,12 @@ class RaceSettings:
         return 2e-3 if self.model is None else 5e-5
 
     def to_json(self) -> dict[str, object]:
-        """The settings as plain values; paths by their last part, so that a report can be shared."""
+        """The settings as plain values, paths by their last part: a report can be shared."""
         values = dataclasses.asdict(self)
         values["budget"] = str(self.budget)
         values["eval_every"] = None if self.eval_every is None else str(self.eval_every)
         values["learning_rate"] = self.peak_learning_rate
         values["lanes"] = list(self.lanes)
-        values["text"] = [path.name for path in self.text] or ["Python standard library"]
+        values["text"] = [path.name for path in self.text]
         values["model"] = None if self.model is None else self.model.name
         return values

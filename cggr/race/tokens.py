@@ -129,8 +129,7 @@ def prepare(
         partial.replace(path)
     except OSError as error:
         raise RaceError(
-            f"cannot write the token cache in {folder}: {error.strerror}; "
-            "XDG_CACHE_HOME moves it"
+            f"cannot write the token cache in {folder}: {error.strerror}; XDG_CACHE_HOME moves it"
         ) from None
     return corpus
 

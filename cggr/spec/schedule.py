@@ -23,8 +23,8 @@ STEP_BITS = 17
 def base_ratio(config: RoutingConfig, step: Any, *, xp: Any = None) -> Any:
     """Ratio of the curriculum: linear from 1 at step 0 to `min_tokens_ratio` after the warm-up.
 
-    ``ONE - (ONE - target) min(step, warmup) // warmup`` with ``target = round(min_tokens_ratio ONE)``,
-    at least 1
+    ``ONE - (ONE - target) min(step, warmup) // warmup``, with
+    ``target = max(1, round(min_tokens_ratio ONE))``
 
     Args:
         config: The routing options.

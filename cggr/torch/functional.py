@@ -232,11 +232,9 @@ def chunked_statistics(
 
 def row_chunks(n_rows: int, n_classes: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose logits fit the chunk budget; one empty slice when there are no rows."""
-    if torch.compiler.is_compiling():  # the compiler fuses the reductions; a loop would be unrolled
-        size = max(n_rows, 1)
-    else:
-        budget = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
-        size = max(1, budget // max(n_classes, 1))
+    # A compiler unrolls the loop: give it few large chunks.
+    small = device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, (_CPU_CHUNK if small else _ACCELERATOR_CHUNK) // max(n_classes, 1))
     for start in range(0, max(n_rows, 1), size):
         yield slice(start, min(start + size, n_rows))
 

@@ -1,0 +1,201 @@
+"""The command line: ``cggr race`` and ``cggr info``."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"cggr: the command line needs {error.name}: pip install 'cggr[race]'"
+    ) from None
+
+from cggr import __version__
+from cggr.race.settings import (
+    LANES,
+    SCORINGS,
+    SELECTIONS,
+    Budget,
+    RaceError,
+    RaceSettings,
+)
+
+# torch and transformers take seconds to import: commands import them when they need them.
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class _Group(click.Group):
+    """A group of commands whose every complaint is one line on stderr and exit code 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except (click.ClickException, RaceError) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else error
+            click.echo(f"cggr: {' '.join(str(message).split())}", err=True)
+            sys.exit(BAD_INPUT)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("cggr: interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(code or 0)
+
+
+class _Amount(click.ParamType[Budget]):
+    """An amount of training, such as 60s or 500steps."""
+
+    name = "AMOUNT"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Budget:
+        try:
+            return value if isinstance(value, Budget) else Budget.parse(value)
+        except RaceError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    """Names separated by commas."""
+
+    name = "NAMES"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        return tuple(name.strip() for name in value.split(","))
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="cggr")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Confidence-Gated Gradient Routing: spend the backward pass on the tokens worth learning."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Applies option decorators in reading order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_PATH = click.Path(exists=True, path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+
+
+@main.command(context_settings={"show_default": True})
+@_options(
+    click.option("--budget", type=_Amount(), default="60s", help="Training per lane and seed."),
+    click.option("--lanes", type=_Names(), default=",".join(LANES), help="Who races."),
+    click.option("--scoring", type=click.Choice(SCORINGS), default="combined"),
+    click.option("--selection", type=click.Choice(SELECTIONS), default="stratified"),
+    click.option(
+        "--ratio",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.25,
+        help="Part of each batch that random and cggr train on.",
+    ),
+    click.option(
+        "--router-layers", type=_POSITIVE, default=1, help="Layers of the router that scores."
+    ),
+    click.option(
+        "--text",
+        type=_PATH,
+        multiple=True,
+        show_default="the Python standard library's source",
+        help="File or folder; repeatable.",
+    ),
+    click.option(
+        "--model",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Local folder of a Hugging Face causal language model to fine-tune.",
+    ),
+    click.option("--seeds", type=_POSITIVE, default=1, help="Number of repetitions."),
+    click.option(
+        "--eval-every", type=_Amount(), show_default="a tenth of the budget", help="As --budget."
+    ),
+    click.option("--batch-size", type=_POSITIVE, default=16),
+    click.option("--sequence-length", type=click.IntRange(min=2), default=128),
+    click.option(
+        "--learning-rate",
+        type=click.FloatRange(0, min_open=True),
+        show_default="2e-3; 5e-5 with --model",
+        help="Peak; it decays over the budget.",
+    ),
+    click.option("--hidden-size", type=_POSITIVE, default=192),
+    click.option("--layers", type=_POSITIVE, default=4),
+    click.option("--vocab-size", type=click.IntRange(min=257), default=4096),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+    click.option("--threads", type=_POSITIVE, show_default="torch's choice", help="CPU threads."),
+    click.option("--name", show_default="date, time and settings", help="Name of the run."),
+    click.option(
+        "--output",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("runs"),
+        help="Folder of the runs.",
+    ),
+)
+@click.pass_context
+def race(
+    ctx: click.Context, name: str | None, output: Path, threads: int | None, **options: Any
+) -> None:
+    """Race dense, random and CGGR training at an equal budget.
+
+    Trains one small language model on real text in several lanes and shows which learns fastest.
+    The report goes to runs/NAME: report.png, results.json and table.txt.
+    """
+    if options["model"] is not None:
+        for option in ("hidden_size", "layers", "vocab_size"):
+            if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(
+                    f"--{option.replace('_', '-')} shapes a new model; --model brings its own"
+                )
+    settings = RaceSettings(**options)
+    if name is None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{now}-{settings.selection}-{settings.ratio:g}-{settings.budget}"
+    elif Path(name).name != name or name in (".", ".."):
+        raise click.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
+    try:
+        from cggr.race.main import race as run
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"cggr race needs {error.name}: pip install 'cggr[race]'") from None
+
+    complete = run(settings, output / name, Console(), threads=threads)
+    ctx.exit(0 if complete else INTERRUPTED)
+
+
+@main.command()
+def info() -> None:
+    """Show what this machine can use."""
+    from cggr.race.machine import capabilities
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in capabilities():
+        table.add_row(*row)
+    Console().print(table, highlight=False)

@@ -1,0 +1,147 @@
+"""What a race leaves behind: table.txt, results.json and report.png."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cggr.race import figure, summary
+from cggr.race.engine import Run
+from cggr.race.settings import RaceSettings
+from cggr.race.summary import LaneSummary
+from cggr.race.tokens import Corpus
+
+SCHEMA = 1
+
+
+def results_table(
+    summaries: Sequence[LaneSummary], settings: RaceSettings, corpus: Corpus
+) -> Table:
+    """The lanes side by side, as means over the seeds; at most 80 characters wide."""
+    by_lane = {item.lane: item for item in summaries}
+    cells: dict[str, Callable[[LaneSummary], str]] = {
+        "held-out\nloss": lambda item: f"{item.loss:.3f}",
+        "min to max\nof seeds": lambda item: _spread(item.final("loss")),
+        "bits per\nbyte": lambda item: f"{corpus.bits_per_byte(item.loss):.3f}",
+        "against\ndense": lambda item: f"{item.loss - by_lane['dense'].loss:+.3f}",
+        "\nsteps": lambda item: f"{item.final('steps').mean():,.0f}",
+        "tokens\nseen": lambda item: _short(item.final("tokens_seen").mean()),
+        "trained\non": lambda item: _short(item.final("tokens_trained").mean()),
+        "\nseconds": lambda item: f"{item.final('seconds').mean():.1f}",
+        "tokens\nper s": lambda item: _short(item.final("tokens_per_second").mean()),
+        "peak\nmemory": lambda item: f"{(item.peak_memory or 0) / 2**20:,.0f} MiB",
+    }
+    if len(summaries[0].curves) == 1:
+        del cells["min to max\nof seeds"]
+    if "dense" not in by_lane:
+        del cells["against\ndense"]
+    if not any(item.peak_memory for item in summaries):
+        del cells["peak\nmemory"]
+
+    title = f"cggr race, {summary.budget_in_words(summaries, settings)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("\nlane", no_wrap=True)
+    for name in cells:
+        table.add_column(name, justify="right", no_wrap=True)
+    best = min(summaries, key=summary.rank)
+    for item in summaries:
+        values = (cell(item) for cell in cells.values())
+        table.add_row(item.lane, *values, style="bold" if item is best else "")
+    return table
+
+
+def _spread(values: npt.NDArray[np.float64]) -> str:
+    return f"{values.min():.3f}-{values.max():.3f}"
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
+
+
+def results(
+    runs: Sequence[Run],
+    settings: RaceSettings,
+    corpus: Corpus,
+    *,
+    text: dict[str, object],
+    environment: dict[str, object],
+) -> dict[str, object]:
+    """Everything that was measured, as plain values for JSON; a loss that is not finite is null."""
+    described = []
+    for run in runs:
+        curve = []
+        for point in run.curve:
+            finite = math.isfinite(point.loss)
+            curve.append(
+                dataclasses.asdict(point)
+                | {
+                    "loss": point.loss if finite else None,
+                    "bits_per_byte": corpus.bits_per_byte(point.loss) if finite else None,
+                }
+            )
+        described.append(
+            {
+                "lane": run.lane,
+                "seed": run.seed,
+                "complete": run.complete,
+                "tokens_per_second": run.curve[-1].tokens_per_second,
+                "peak_memory": run.peak_memory,
+                "curve": curve,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "complete": len(runs) == len(settings.lanes) * settings.seeds
+        and all(run.complete for run in runs),
+        "settings": settings.to_json(),
+        "text": {
+            **text,
+            "training_tokens": len(corpus.training),
+            "heldout_tokens": len(corpus.heldout),
+            "heldout_bytes": corpus.heldout_bytes,
+            "vocab_size": corpus.vocab_size,
+        },
+        **environment,
+        "runs": described,
+    }
+
+
+def write_report(
+    folder: Path,
+    found: dict[str, object],
+    runs: Sequence[Run],
+    settings: RaceSettings,
+    corpus: Corpus,
+    subtitle: str,
+    console: Console,
+) -> None:
+    """Writes results.json, table.txt and report.png, and prints the table and the verdict.
+
+    Args:
+        folder: An existing folder.
+        found: What :func:`results` returned.
+        runs: The runs, at least one seed's.
+        settings: The race.
+        corpus: Its tokens.
+        subtitle: What was raced on what, in a line.
+        console: Where to print.
+    """
+    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    summaries = summary.summarize(runs)
+    table = results_table(summaries, settings, corpus)
+    lines = [subtitle, *summary.verdict(summaries, settings)]
+    with (folder / "table.txt").open("w") as file:
+        for target in (console, Console(file=file, width=140)):
+            target.print(table)
+            for line in lines:
+                target.print(line, highlight=False, soft_wrap=True)
+    figure.draw(summaries, settings, subtitle, folder / "report.png")

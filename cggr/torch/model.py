@@ -1,0 +1,263 @@
+"""A model wrapper whose training step runs the backward pass on what is worth learning from.
+
+Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, nn
+
+from cggr.spec import RoutingConfig
+from cggr.spec.schedule import token_ratio
+from cggr.spec.selection import select_at_ratio
+from cggr.torch.functional import aligned_targets, check_targets
+from cggr.torch.loss import every_row, reduce_loss, weighted_cross_entropy
+from cggr.torch.router import TruncatedRouter, cache_switch, call_model, logits_of, own_router
+from cggr.torch.routing import process_rank
+from cggr.torch.scorer import CGGRScorer
+
+logger = logging.getLogger(__name__)
+
+
+class CGGRModel(nn.Module):
+    """Train a model on the part of every batch that is worth it.
+
+    ``split="sequence"``: a router scores every token without gradient, the configured rule selects
+    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those.
+    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
+
+    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
+    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+
+    Args:
+        model: ``(input_ids, ...) -> logits`` (a tensor, or an output with ``.logits``).
+        router: What scores, such as ``create_truncated_router(model)``; the model itself when
+            None, at the price of a full forward.
+        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
+        split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
+        capacity: ``"exact"`` or ``"static"``; see :class:`~cggr.torch.routing.RoutedModule`.
+        shift_labels: True if position t predicts label t + 1 (causal models), False if label t
+            (masked language models), ``"auto"`` to tell by the model's class.
+        **options: Fields of :class:`RoutingConfig`.
+
+    Raises:
+        ValueError: An option is out of range, or the split cannot be had.
+
+    Example:
+        >>> model = nn.Embedding(50, 50)  # any model from ids to logits
+        >>> cggr_model = CGGRModel(model, selection="stratified", warmup_steps=0)
+        >>> input_ids = torch.arange(40).reshape(8, 5)
+        >>> loss = cggr_model(input_ids, labels=input_ids)
+        >>> loss.backward()
+        >>> cggr_model.step()  # after optimizer.step()
+        >>> cggr_model.get_metrics()["tokens_total"]
+        32
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        router: nn.Module | None = None,
+        config: RoutingConfig | None = None,
+        *,
+        split: str = "auto",
+        capacity: str = "exact",
+        shift_labels: bool | str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if split not in ("auto", "sequence", "token"):
+            raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
+        if split == "token":
+            raise ValueError("split='token' is not in this version of cggr; use 'sequence'.")
+        if split == "auto":
+            logger.info("split='auto': training on whole sequences (split='sequence').")
+        self.split = "sequence"
+        self.model = model
+        self._cache_switch = cache_switch(model)
+        self.scorer = CGGRScorer(
+            _without_parameters_of(model, router),
+            config,
+            capacity=capacity,
+            shift_labels=shift_labels,
+            **options,
+        )
+
+    @property
+    def config(self) -> RoutingConfig:
+        """The routing options."""
+        return self.scorer.config
+
+    def step(self) -> None:
+        """Advance the schedule; call it after every ``optimizer.step()``."""
+        self.scorer.step()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Same as :meth:`get_metrics`."""
+        return self.scorer.get_metrics()
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Numbers of the last training forward: :meth:`RoutedModule.get_metrics`."""
+        return self.scorer.get_metrics()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        reference_nll: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **model_inputs: Any,
+    ) -> Any:
+        """The routed loss of a batch in training mode, its dense loss in eval mode.
+
+        Args:
+            input_ids: ``(B, S)`` integers; or `inputs_embeds`.
+            labels: ``(B, S)``, Hugging Face style: unshifted for causal models, with
+                `ignore_index` where there is nothing to learn. Without labels the model's own
+                output is returned.
+            attention_mask: ``(B, S)``, 0 on padding, which is neither scored nor trained on; a
+                mask of another rank reaches the model and nothing else.
+            position_ids: ``(B, S)``, ``(1, S)``, or ``(3, B, S)`` for models that take it so.
+            token_type_ids: ``(B, S)``.
+            inputs_embeds: ``(B, S, D)``, in place of `input_ids`.
+            reference_nll: ``(B, S)``, for ``scoring="excess_loss"``: at each position, the
+                reference loss of the target that the position predicts.
+            num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
+                loss becomes ``mean n_eligible / M``.
+            **model_inputs: Passed to router and model. Tensors of two or more dimensions whose
+                first is B are taken to belong to the sequences and follow the selection.
+
+        Returns:
+            Scalar loss, float32 (float64 for float64 logits); a zero connected to the graph when
+            nothing is eligible. Without labels, the model's output.
+
+        Raises:
+            TypeError: Labels are not integers, or the model returned no logits.
+            ValueError: Shapes disagree, or, on the CPU in eager mode, a label is out of range
+                (elsewhere such a label makes the loss NaN).
+        """
+        model_inputs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if labels is None:
+            return call_model(self.model, model_inputs)
+        if labels.dim() != 2:
+            raise ValueError(f"labels must have shape (B, S), got {tuple(labels.shape)}.")
+        targets = aligned_targets(
+            labels,
+            attention_mask,
+            shift=self.scorer.shifts_labels(),
+            ignore_index=self.config.ignore_index,
+        )
+        eligible = targets != self.config.ignore_index
+        if not self.training:
+            total = self._loss_sum(model_inputs, targets, None)
+            n_eligible = eligible.sum()
+            return reduce_loss(total, n_eligible, n_eligible, False, "mean", num_items_in_batch)
+
+        mean_difficulty_B, scored = self._score(targets, eligible, reference_nll, model_inputs)
+        step = self.scorer.step_count.reshape(1)
+        ratio = token_ratio(self.config, step, scored.get("confidence"), eligible, xp=xp)
+        batch = targets.shape[0]
+        with torch.no_grad():
+            selection = select_at_ratio(
+                mean_difficulty_B,
+                self.config,
+                ratio,
+                draw=self.scorer.next_draw(),
+                rank=process_rank(),
+                eligible=eligible.any(dim=1),
+                capacity=self.scorer.slots(1, batch),
+                xp=xp,
+            )
+        index_C, weight_C = selection.indices.long(), selection.weights
+        if index_C.shape[0] == 0:  # nothing eligible: one unused slot keeps the graph connected
+            index_C, weight_C = index_C.new_full((1,), batch), weight_C.new_zeros(1)
+        used_C = index_C < batch
+        index_C = torch.where(used_C, index_C, 0)
+        kept_targets = targets.index_select(0, index_C).masked_fill(
+            ~used_C[:, None], self.config.ignore_index
+        )
+        count = (kept_targets != self.config.ignore_index).sum(dtype=torch.int32)
+        self.scorer.record(ratio=ratio, tokens_selected=count, eligible=eligible, **scored)
+        weighted = self.config.selection == "importance"
+        kept_inputs = _take_sequences(model_inputs, index_C, batch)
+        total = self._loss_sum(kept_inputs, kept_targets, weight_C if weighted else None)
+        return reduce_loss(total, count, eligible.sum(), weighted, "mean", num_items_in_batch)
+
+    def _score(
+        self,
+        targets: Tensor,
+        eligible: Tensor,
+        reference_nll: Tensor | None,
+        model_inputs: dict[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean difficulty of every sequence, and the ``(B, S)`` scores it was made from."""
+        if self.config.selection == "random" and not self.config.adaptive:
+            # The control needs no score, so it does not pay for one.
+            return torch.zeros(targets.shape[0], device=targets.device), {}
+        scores = self.scorer.score(targets, reference_nll=reference_nll, **model_inputs)
+        mean_B = scores.difficulty.sum(dim=1) / eligible.sum(dim=1).clamp(min=1)
+        return mean_B, {
+            "confidence": scores.statistics.confidence,
+            "entropy": scores.statistics.entropy,
+            "difficulty": scores.difficulty,
+        }
+
+    def _loss_sum(
+        self, model_inputs: dict[str, Any], targets: Tensor, weight_C: Tensor | None
+    ) -> Tensor:
+        """``Σ w nll`` of the model on these sequences."""
+        logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
+        check_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+        rows = every_row(targets, n_classes, ignore_index)
+        if weight_C is not None:
+            rows = rows._replace(weight_R=weight_C.repeat_interleave(targets.shape[1]))
+        total = weighted_cross_entropy(
+            logits.reshape(-1, n_classes), rows, ignore_index, weighted=weight_C is not None
+        )
+        return total + rows.fault
+
+
+def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Module:
+    """The router, hidden from the module tree if it shares parameters with the model.
+
+    Registered twice, they would be saved and optimised twice.
+    """
+    if router is None:
+        return own_router(model)
+    owned = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in owned for parameter in router.parameters()):
+        return TruncatedRouter(router, architecture="passthrough")
+    return router
+
+
+def _take_sequences(inputs: dict[str, Any], index: Tensor, batch: int) -> dict[str, Any]:
+    def take(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if name == "position_ids" and value.dim() == 3:
+            return value.index_select(1, index)
+        if value.dim() >= 2 and value.shape[0] == batch:
+            return value.index_select(0, index)
+        return value
+
+    return {name: take(name, value) for name, value in inputs.items()}

@@ -1,0 +1,271 @@
+"""Routers: a model's own first layers as a cheap judge of difficulty.
+
+A router shares the model's modules and owns nothing: no parameter is registered, saved or
+optimised twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+
+class Layout(NamedTuple):
+    """Where a family of Hugging Face models keeps its parts, as attribute paths.
+
+    Attributes:
+        base: The model without head, from the model with head.
+        layers: The ``nn.ModuleList`` of layers, from the base.
+        head: What turns final hidden states into logits, from the model with head.
+        model_types: ``config.model_type`` of the models that follow it.
+    """
+
+    base: str
+    layers: str
+    head: str
+    model_types: tuple[str, ...]
+
+
+# fmt: off
+LAYOUTS = {
+    "llama": Layout("model", "layers", "lm_head", (
+        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "cohere", "granite",
+    )),
+    "gpt": Layout("transformer", "h", "lm_head", ("gpt2", "gptj", "falcon")),
+    "gpt_neox": Layout("gpt_neox", "layers", "lm_head", ("gpt_neox",)),
+    "bert": Layout("bert", "encoder.layer", "cls", ("bert",)),
+    "roberta": Layout("roberta", "encoder.layer", "lm_head", ("roberta",)),
+    "mamba": Layout("backbone", "layers", "lm_head", ("mamba",)),
+}
+# fmt: on
+
+
+class TruncatedRouter(nn.Module):
+    """The model's embeddings, first layers, final norm and head, sharing its weights.
+
+    ``logits = head(final_norm(hidden_states[num_layers]))``, with the head's bias, scale and
+    soft-cap. Parameters and state dict are empty: the modules stay the model's own.
+
+    Args:
+        model: A model with a head: Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3, Phi-3, Cohere,
+            Granite, GPT-2, GPT-J, Falcon, GPT-NeoX, BERT, RoBERTa, Mamba. Any other is its own
+            router (passthrough), with a warning.
+        num_layers: Layers to run, at least 1.
+        architecture: ``"auto"``, the name of a layout to follow whatever the model is (llama, gpt,
+            gpt_neox, bert, roberta, mamba), or ``"passthrough"``.
+
+    Raises:
+        ValueError: `architecture` is unknown or the model does not follow it, or `num_layers` is
+            out of range.
+    """
+
+    def __init__(self, model: nn.Module, num_layers: int = 2, architecture: str = "auto") -> None:
+        super().__init__()
+        known = (*LAYOUTS, "passthrough")
+        if architecture not in (*known, "auto"):
+            raise ValueError(
+                f"architecture must be 'auto' or one of {', '.join(map(repr, known))}, "
+                f"got {architecture!r}."
+            )
+        if architecture == "auto":
+            architecture = detect_architecture(model)
+            if architecture == "passthrough":
+                _warn_passthrough(model)
+        self.architecture = architecture
+        # In a tuple, so that nn.Module does not register what belongs to the model.
+        self._shared: tuple[nn.Module, ...]
+        self.project: Callable[[Tensor], Tensor] | None = None
+        self.n_classes = 0
+        self.num_layers: int | None = None
+        if architecture == "passthrough":
+            self._cache_switch = cache_switch(model)
+            self._shared = (model,)
+            return
+        layout = LAYOUTS[architecture]
+        base, layers, head = (
+            _attribute(model, path, architecture)
+            for path in (layout.base, f"{layout.base}.{layout.layers}", layout.head)
+        )
+        if not 1 <= num_layers <= len(layers):
+            raise ValueError(
+                f"num_layers must be in [1, {len(layers)}] for a model of {len(layers)} layers, "
+                f"got {num_layers}."
+            )
+        self.num_layers = num_layers
+        self._cache_switch = cache_switch(base)
+        self._shared = (model, _truncated(base, layout.layers.split("."), num_layers))
+        self.project = _Head(model, head)
+        self.n_classes = cast(Any, model).get_output_embeddings().weight.shape[0]
+
+    @property
+    def source(self) -> nn.Module:
+        """The model that the router was made from."""
+        return self._shared[0]
+
+    def hidden_states(self, **model_inputs: Any) -> Tensor:
+        """Normalised hidden states after the first layers, ``(B, S, D)``; not for passthrough."""
+        return call_model(self._shared[1], self._cache_switch | model_inputs)[0]
+
+    def forward(self, input_ids: Tensor | None = None, **model_inputs: Any) -> Tensor:
+        """Logits ``(B, S, V)`` of the first layers.
+
+        Args:
+            input_ids: ``(B, S)`` integers, or None with ``inputs_embeds`` among `model_inputs`.
+            **model_inputs: Passed to the model without head (attention_mask, position_ids, ...).
+        """
+        model_inputs["input_ids"] = input_ids
+        if self.project is None:
+            return logits_of(call_model(self.source, self._cache_switch | model_inputs))
+        return self.project(self.hidden_states(**model_inputs))
+
+    def extra_repr(self) -> str:
+        """Architecture and depth, for ``print(router)``."""
+        return f"architecture={self.architecture!r}, num_layers={self.num_layers}"
+
+
+def create_truncated_router(
+    model: nn.Module, num_layers: int = 2, architecture: str = "auto"
+) -> TruncatedRouter:
+    """A router of the model's first layers, sharing its weights: see :class:`TruncatedRouter`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32,
+        ...     intermediate_size=32, num_hidden_layers=4, num_attention_heads=2))
+        >>> create_truncated_router(model, num_layers=1)
+        TruncatedRouter(architecture='llama', num_layers=1)
+    """
+    return TruncatedRouter(model, num_layers, architecture)
+
+
+class _Head:
+    """Final hidden states -> logits, as the model's own forward computes them."""
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        config = model.config
+        self.head = head
+        self.logit_scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+        self.logits_scaling = getattr(config, "logits_scaling", None)  # Granite divides
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        logits = self.head(rows)
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale
+        if self.logits_scaling is not None:
+            logits = logits / self.logits_scaling
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits
+
+
+def own_router(model: nn.Module) -> TruncatedRouter:
+    """All of the model as its own router; in chunks through the head where the layout is known."""
+    architecture = detect_architecture(model)
+    if architecture == "passthrough":
+        return TruncatedRouter(model, architecture=architecture)
+    layout = LAYOUTS[architecture]
+    layers = _attribute(model, f"{layout.base}.{layout.layers}", architecture)
+    return TruncatedRouter(model, len(layers), architecture)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The user's model behind a router or torch.compile."""
+    while True:
+        if isinstance(module, TruncatedRouter):
+            module = module.source
+            continue
+        compiled = getattr(module, "_orig_mod", None)
+        if not isinstance(compiled, nn.Module):
+            return module
+        module = compiled
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether position t predicts token t + 1: every model but Hugging Face's masked ones."""
+    return not type(model).__name__.endswith("ForMaskedLM")
+
+
+def cache_switch(model: nn.Module) -> dict[str, bool]:
+    """``{"use_cache": False}`` for models that have that switch: training needs no cache."""
+    parameters = inspect.signature(type(unwrapped(model)).forward).parameters
+    return {"use_cache": False} if "use_cache" in parameters else {}
+
+
+def call_model(model: nn.Module, model_inputs: dict[str, Any]) -> Any:
+    """Call a model with the inputs that are given."""
+    inputs = {name: value for name, value in model_inputs.items() if value is not None}
+    if "input_ids" in inputs:  # by position: a plain nn.Module may name it otherwise
+        return model(inputs.pop("input_ids"), **inputs)
+    return model(**inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, an output with ``.logits``, or a tuple."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0] if isinstance(output, tuple) else output
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return logits: a tensor, an output with .logits, or a tuple that "
+            f"starts with them; got {type(output).__name__}."
+        )
+    return logits
+
+
+def detect_architecture(model: nn.Module) -> str:
+    """Name of the layout that the model is known to follow, else ``"passthrough"``."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    for name, layout in LAYOUTS.items():
+        if model_type in layout.model_types and has_head:
+            return name
+    return "passthrough"
+
+
+def _warn_passthrough(model: nn.Module) -> None:
+    warnings.warn(
+        f"{type(model).__name__} follows no known layout of a model with a head: the whole model "
+        f"is its own router, which scores at the price of a full forward. architecture= one of "
+        f"{', '.join(map(repr, LAYOUTS))} forces a layout, architecture='passthrough' silences "
+        f"this.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _attribute(model: nn.Module, path: str, architecture: str) -> Any:
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name, None)
+        if value is None:
+            raise ValueError(
+                f"architecture={architecture!r} needs {type(model).__name__}.{path}, which the "
+                f"model does not have; architecture='passthrough' uses the whole model."
+            )
+    return value
+
+
+def _truncated(base: nn.Module, path: list[str], num_layers: int) -> nn.Module:
+    """A copy of the modules along the path to the layer list, which is cut; the rest is shared."""
+    copy = _shallow_copy(base)
+    name, *rest = path
+    child = getattr(base, name)
+    if rest:
+        copy._modules[name] = _truncated(child, rest, num_layers)
+    else:
+        copy._modules[name] = nn.ModuleList(list(child)[:num_layers])
+    return copy
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    copy = type(module).__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy._modules = module._modules.copy()
+    # A forward set on the instance is bound to the original, with all its layers.
+    copy.__dict__.pop("forward", None)
+    return copy
