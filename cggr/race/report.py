@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +28,7 @@ def results_table(
     by_lane = {item.lane: item for item in summaries}
     cells: dict[str, Callable[[LaneSummary], str]] = {
         "held-out\nloss": lambda item: f"{item.loss:.3f}",
-        "min to max\nof seeds": lambda item: _spread(item.final("loss")),
+        "std of\nseeds": lambda item: f"{item.final('loss').std(ddof=1):.3f}",
         "bits per\nbyte": lambda item: f"{corpus.bits_per_byte(item.loss):.3f}",
         "against\ndense": lambda item: f"{item.loss - by_lane['dense'].loss:+.3f}",
         "\nsteps": lambda item: f"{item.final('steps').mean():,.0f}",
@@ -41,7 +39,7 @@ def results_table(
         "peak\nmemory": lambda item: f"{(item.peak_memory or 0) / 2**20:,.0f} MiB",
     }
     if len(summaries[0].curves) == 1:
-        del cells["min to max\nof seeds"]
+        del cells["std of\nseeds"]
     if "dense" not in by_lane:
         del cells["against\ndense"]
     if not any(item.peak_memory for item in summaries):
@@ -57,10 +55,6 @@ def results_table(
         values = (cell(item) for cell in cells.values())
         table.add_row(item.lane, *values, style="bold" if item is best else "")
     return table
-
-
-def _spread(values: npt.NDArray[np.float64]) -> str:
-    return f"{values.min():.3f}-{values.max():.3f}"
 
 
 def _short(number: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -41,7 +40,7 @@ class RoutingConfig:
         min_tokens_per_sequence: How many tokens of every sequence ``"sequence_aware"`` keeps at
             least.
         importance_floor: Added to every difficulty by ``"importance"``, so that each token can be
-            drawn; > 0, in the unit of the score.
+            drawn; in [1e-30, 1e30], in the unit of the score.
         scope: ``"batch"`` ranks over the whole batch, ``"sequence"`` inside every sequence.
         seed: Seed of the sampling selections, in [0, 2**32).
         ignore_index: Target that is never scored, selected or counted.
@@ -89,9 +88,9 @@ class RoutingConfig:
                 f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity}."
             )
         self._set("importance_floor", _number("importance_floor", self.importance_floor))
-        if not 0 < self.importance_floor < math.inf:
+        if not 1e-30 <= self.importance_floor <= 1e30:  # float32, and room for its inverse
             raise ValueError(
-                f"importance_floor must be positive and finite, got {self.importance_floor}."
+                f"importance_floor must be in [1e-30, 1e30], got {self.importance_floor}."
             )
         if not isinstance(self.dynamic_threshold, bool):
             raise TypeError(
@@ -176,7 +175,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str 
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(
-            f"{name} must be one of {listed}{' ' + more if more else ''}, got {value!r}."
+            f"{name} must be one of {listed}{more}, got {value!r}."
         )
 
 

@@ -1,0 +1,202 @@
+"""From files to batches: what is trained on, what is held out, and that no text is in both."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cggr.race import text, tokens
+from cggr.race.settings import RaceError
+from cggr.race.text import Document
+
+
+def documents(sizes):
+    return [Document(f"file{i}.txt", chr(97 + i % 26) * size) for i, size in enumerate(sizes)]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 5_000), min_size=1, max_size=60))
+def test_a_split_loses_nothing_and_leaks_nothing(sizes):
+    everything = documents(sizes)
+    split = text.split_documents(everything)
+    assert text.split_documents(everything) == split
+    assert sum(item.size for item in split.heldout) <= max(1, 0.05 * sum(sizes))
+    assert split.heldout
+    parts: dict[str, str] = {}
+    for part in (split.training, split.heldout):
+        for document in part:
+            parts[document.name] = parts.get(document.name, "") + document.text
+    assert parts == {item.name: item.text for item in everything}
+    shared = {item.name for item in split.training} & {item.name for item in split.heldout}
+    assert shared <= {everything[-1].name}  # only a file that was cut in two
+    assert bool(shared) == bool(split.notes)
+
+
+def test_the_choice_of_files_depends_on_their_names_alone():
+    sizes = [300] * 100
+    names = [item.name for item in text.split_documents(documents(sizes)).heldout]
+    assert len(names) == 5
+    shuffled = documents(sizes)
+    np.random.default_rng(0).shuffle(shuffled)
+    assert [item.name for item in text.split_documents(shuffled).heldout] == names
+
+
+def test_a_single_file_gives_its_end():
+    split = text.split_documents([Document("book.txt", "a" * 950 + "b" * 50)])
+    assert split.training[0].text == "a" * 950
+    assert split.heldout[0].text == "b" * 50
+    assert split.notes == ("The last 5.0% of book.txt are held out.",)
+
+
+def test_a_file_is_cut_between_characters():
+    split = text.split_documents([Document("book.txt", "ü" * 101)])
+    assert split.training[0].text + split.heldout[0].text == "ü" * 101
+
+
+def test_the_digest_tells_texts_and_splits_apart():
+    first = text.split_documents(documents([100] * 40))
+    second = text.split_documents(documents([100] * 39 + [101]))
+    assert first.digest != second.digest
+
+
+def test_twins_hidden_files_and_binaries_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.txt").write_text("first")
+    (tmp_path / "c.txt").write_text("second")
+    (tmp_path / ".hidden").write_text("third")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "zeros.bin").write_bytes(b"\0" * 10)
+    found, notes = text.read_documents([tmp_path])
+    assert [item.text for item in found] == ["first", "second"]
+    assert [item.name for item in found] == [f"{tmp_path.name}/a.txt", f"{tmp_path.name}/c.txt"]
+    assert notes == ["2 files are not UTF-8 text and were left out."]
+
+
+def test_text_beyond_the_cap_is_left_out_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "MAX_TEXT_BYTES", 2_000_000)
+    for name in "abc":
+        (tmp_path / name).write_text(name * 900_000)
+    found, notes = text.read_documents([tmp_path])
+    assert [item.text[0] for item in found] == ["a", "b"]
+    assert notes == ["Only the first 2 MB of the text are used."]
+
+
+def test_the_standard_library_is_the_default():
+    found, _ = text.read_documents()
+    names = [item.name for item in found]
+    assert names == sorted(names, key=lambda name: name.split("/"))
+    assert "json/decoder.py" in names
+    assert not [name for name in names if "site-packages" in name or "/test/" in name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe", "not a file of UTF-8 text"), (b"a\0b", "not a file of UTF-8 text")],
+)
+def test_a_named_file_must_be_text(tmp_path, content, message):
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    with pytest.raises(RaceError) as error:
+        text.read_documents([path])
+    assert str(error.value) == f"--text {path}: {message}"
+
+
+def test_an_empty_folder_and_a_missing_one(tmp_path):
+    with pytest.raises(RaceError) as error:
+        text.read_documents([tmp_path])
+    assert str(error.value) == f"--text {tmp_path}: no text in it"
+    with pytest.raises(RaceError) as error:
+        text.read_documents([tmp_path / "nowhere"])
+    assert str(error.value) == f"--text {tmp_path / 'nowhere'}: no such file or folder"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokens.train_tokenizer(["def f(x):\n    return x + 1\n"] * 50, vocab_size=300)
+
+
+@settings(max_examples=200)
+@given(st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, sample):
+    ids = tokenizer.encode(sample).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == sample
+
+
+def test_a_document_cannot_fake_the_end_of_text(tokenizer):
+    end = tokenizer.token_to_id(tokens.END_OF_TEXT)
+    stream = tokens.encode(tokenizer, [f"a{tokens.END_OF_TEXT}b", "c"], end)
+    assert (stream == end).sum() == 2
+    assert stream[0] == end
+
+
+def test_a_vocabulary_is_learned_and_bounded(tokenizer):
+    assert 257 < tokenizer.get_vocab_size() <= 300
+    assert len(tokenizer.encode("    return x").ids) < len("    return x")
+
+
+def test_the_cache_gives_back_what_was_made(tmp_path, monkeypatch):
+    split = text.split_documents(documents([2_000] * 30))
+    made = tokens.prepare(split, vocab_size=300, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(tokens, "train_tokenizer", None)  # calling it would fail
+    found = tokens.prepare(split, vocab_size=300, cache=tmp_path)
+    assert np.array_equal(found.training, made.training)
+    assert np.array_equal(found.heldout, made.heldout)
+    assert (found.vocab_size, found.end_of_text) == (made.vocab_size, made.end_of_text)
+    assert found.heldout_bytes == sum(item.size for item in split.heldout)
+
+
+def test_another_text_or_vocabulary_is_another_cache_entry(tmp_path):
+    tokens.prepare(text.split_documents(documents([500] * 30)), vocab_size=300, cache=tmp_path)
+    tokens.prepare(text.split_documents(documents([500] * 30)), vocab_size=301, cache=tmp_path)
+    tokens.prepare(text.split_documents(documents([500] * 31)), vocab_size=300, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_unwritable_cache_is_named(tmp_path):
+    folder = tmp_path / "file"
+    folder.write_text("")
+    with pytest.raises(RaceError) as error:
+        tokens.prepare(text.split_documents(documents([500] * 30)), vocab_size=300, cache=folder)
+    assert str(error.value).startswith(f"cannot write the token cache in {folder}: ")
+
+
+def test_bits_per_byte_of_a_uniform_guess_over_bytes():
+    heldout = np.zeros(101, dtype=np.int32)  # end of text and 100 one-byte tokens
+    corpus = tokens.Corpus(heldout, heldout, 100, 256, 0)
+    assert corpus.bits_per_byte(np.log(256)) == pytest.approx(8.0)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    stream = np.arange(1_000, dtype=np.int32)
+    first = tokens.batches(stream, batch_size=4, sequence_length=16, seed=3)
+    again = tokens.batches(stream, batch_size=4, sequence_length=16, seed=3)
+    other = tokens.batches(stream, batch_size=4, sequence_length=16, seed=4)
+    in_order = [first(step) for step in range(5)]
+    for step in (4, 0, 2, 1, 3):
+        assert np.array_equal(again(step), in_order[step])
+        assert not np.array_equal(other(step), in_order[step])
+    assert not np.array_equal(in_order[0], in_order[1])
+
+
+def test_a_sequence_is_a_contiguous_piece_of_the_text_and_every_piece_can_come():
+    batch = tokens.batches(
+        np.arange(20, dtype=np.int32), batch_size=4, sequence_length=4, seed=0
+    )
+    starts = set()
+    for step in range(200):
+        rows = batch(step)
+        assert np.array_equal(rows, rows[:, :1] + np.arange(4))
+        starts.update(rows[:, 0].tolist())
+    assert starts == set(range(17))
+
+
+def test_a_text_must_fill_a_batch():
+    tokens.batches(np.zeros(64, dtype=np.int32), batch_size=4, sequence_length=16, seed=0)
+    with pytest.raises(RaceError) as error:
+        tokens.batches(np.zeros(63, dtype=np.int32), batch_size=4, sequence_length=16, seed=0)
+    assert str(error.value) == (
+        "the text is too short: 63 training tokens, but one batch of 4 x 16 needs 64; give more "
+        "text, or a smaller --batch-size or --sequence-length"
+    )

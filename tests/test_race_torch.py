@@ -1,0 +1,290 @@
+"""Whole races with PyTorch, small enough for a test."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from matplotlib import image
+
+from cggr.cli import main
+from cggr.race import tokens, torch_lanes
+from cggr.race.settings import Budget, RaceError, RaceSettings
+
+SMALL = (
+    "--hidden-size 32 --layers 2 --vocab-size 300 --batch-size 8 --sequence-length 32 "
+    "--learning-rate 1e-2 --device cpu --threads 1"
+).split()
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A folder with a text of some rules, and a token cache of its own."""
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    folder = tmp_path / "book"
+    folder.mkdir()
+    for page in range(40):
+        numbers = random.integers(100, size=60)
+        lines = [f"the double of {number} is {2 * number}\n" for number in numbers]
+        (folder / f"page{page:02}.txt").write_text("".join(lines))
+    return folder
+
+
+def race(*arguments):
+    return CliRunner().invoke(main, ["race", "--name", "test", "--text", "book", *arguments])
+
+
+def read(tmp_path):
+    return json.loads((tmp_path / "runs" / "test" / "results.json").read_text())
+
+
+def test_a_race_from_the_command_line(book, tmp_path):
+    result = race(*SMALL, "--budget", "6steps", "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    found = read(tmp_path)
+    assert found["complete"] is True
+    assert found["schema"] == 1
+    assert found["settings"] == {
+        "budget": "6steps",
+        "lanes": ["dense", "random", "cggr"],
+        "scoring": "combined",
+        "selection": "stratified",
+        "ratio": 0.25,
+        "router_layers": 1,
+        "eval_every": None,
+        "seeds": 2,
+        "batch_size": 8,
+        "sequence_length": 32,
+        "learning_rate": 1e-2,
+        "hidden_size": 32,
+        "layers": 2,
+        "vocab_size": 300,
+        "text": ["book"],
+        "model": None,
+        "device": "cpu",
+    }
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) == {"python", "cggr", "torch", "transformers", "cuda"}
+    assert set(found["machine"]) == {"system", "cpu", "cores", "threads", "device", "gpu"}
+    assert found["machine"]["device"] == "cpu"
+    assert "git_commit" in found
+    assert found["text"]["source"] == "book"
+    assert found["text"]["training_files"] + len(found["text"]["heldout_files"]) == 40
+    assert str(tmp_path) not in json.dumps(found)
+
+    runs = {(run["lane"], run["seed"]): run for run in found["runs"]}
+    assert len(runs) == 6
+    for (lane, _), run in runs.items():
+        curve = run["curve"]
+        assert [point["steps"] for point in curve] == [0, 1, 2, 3, 4, 5, 6]
+        assert [point["tokens_seen"] for point in curve] == [256 * step for step in range(7)]
+        kept = 8 if lane == "dense" else 2  # a quarter of the sequences, 31 targets in each
+        assert [point["tokens_trained"] for point in curve] == [31 * kept * i for i in range(7)]
+        seconds = [point["seconds"] for point in curve]
+        assert sorted(seconds) == seconds
+        assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+        corpus_bits = found["text"]["heldout_tokens"] - 1
+        for point in curve:
+            bits = point["loss"] * corpus_bits / math.log(2) / found["text"]["heldout_bytes"]
+            assert point["bits_per_byte"] == pytest.approx(bits)
+    for seed in (0, 1):  # all lanes of a seed start from one model, another seed from another
+        assert len({runs[lane, seed]["curve"][0]["loss"] for lane in ("dense", "cggr")}) == 1
+    assert runs["dense", 0]["curve"][0]["loss"] != runs["dense", 1]["curve"][0]["loss"]
+
+    height, width, _ = image.imread(tmp_path / "runs" / "test" / "report.png").shape
+    assert (height, width) == (720, 1650)
+    assert "Held-out loss at equal steps (6 steps per lane, 2 seeds): " in result.stdout
+    assert (tmp_path / "runs" / "test" / "table.txt").read_text().count("cggr") >= 3
+
+
+def test_a_race_by_time_repeats_nothing_but_its_clock(book, tmp_path):
+    result = race(*SMALL, "--budget", "0.5s", "--lanes", "cggr", "--eval-every", "0.25s")
+    assert result.exit_code == 0, result.output
+    (run,) = read(tmp_path)["runs"]
+    assert len(run["curve"]) == 3
+    assert 0.5 <= run["curve"][-1]["seconds"] < 2.0
+    assert run["curve"][-1]["steps"] > 2
+
+
+def test_the_same_steps_give_the_same_losses(book, tmp_path):
+    losses = []
+    for _ in range(2):
+        assert race(*SMALL, "--budget", "3steps", "--selection", "importance").exit_code == 0
+        losses.append([[p["loss"] for p in run["curve"]] for run in read(tmp_path)["runs"]])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][2]
+
+
+def test_ctrl_c_writes_the_report(book, tmp_path, monkeypatch):
+    calls = []
+    step = torch_lanes.TorchLane.train_step
+
+    def interrupted(lane, batch, learning_rate):
+        calls.append(lane.name)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        step(lane, batch, learning_rate)
+
+    monkeypatch.setattr(torch_lanes.TorchLane, "train_step", interrupted)
+    result = race(*SMALL, "--budget", "20steps")
+    assert result.exit_code == 130
+    assert "Interrupted: the report holds what was measured until then." in result.stdout
+    found = read(tmp_path)
+    assert found["complete"] is False
+    assert [run["complete"] for run in found["runs"]] == [False] * 3
+    # Three calls were warm-ups, 26 trained: eight or so per lane, in steps of two.
+    assert min(len(run["curve"]) for run in found["runs"]) >= 4
+    assert " of 20 steps per lane" in result.stdout
+    assert (tmp_path / "runs" / "test" / "report.png").stat().st_size > 10_000
+
+
+def make_lane(name, *, seed=0, **options):
+    settings = RaceSettings(
+        budget=Budget(1, "steps"),
+        hidden_size=32,
+        layers=2,
+        batch_size=8,
+        sequence_length=16,
+        **options,
+    )
+    stream = np.random.default_rng(0).integers(300, size=1001).astype(np.int32)
+    corpus = tokens.Corpus(stream, stream[:100], 300, 300, 0)
+    return torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))(name, seed), stream
+
+
+def test_the_held_out_loss_predicts_every_token_once():
+    lane, stream = make_lane("dense")
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, 99, 16):  # the last window is shorter
+            window = torch.from_numpy(stream[start : min(start + 17, 100)].astype(np.int64))
+            logits = lane.model(input_ids=window[None, :-1]).logits[0]
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert lane.evaluate() == pytest.approx(total / 99, rel=1e-5)
+    assert lane.model.training
+
+
+def test_the_dense_lane_is_plain_training():
+    lane, stream = make_lane("dense")
+    model = make_lane("dense")[0].model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    batch = stream[:128].astype(np.int64).reshape(8, 16)
+    for _ in range(3):
+        lane.train_step(batch, 1e-3)
+        ids = torch.from_numpy(batch)
+        logits = model(input_ids=ids).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, plain in zip(lane.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_with_ratio_one_every_lane_trains_like_dense():
+    losses = []
+    for name in ("dense", "random", "cggr"):
+        lane, stream = make_lane(name, ratio=1.0)
+        for step in range(3):
+            lane.train_step(stream[128 * step :][:128].astype(np.int64).reshape(8, 16), 1e-2)
+        losses.append(lane.evaluate())
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+def test_lanes_of_one_seed_share_their_start_and_nothing_else():
+    settings_of = {name: make_lane(name)[0] for name in ("dense", "cggr")}
+    dense, cggr = settings_of["dense"], settings_of["cggr"]
+    for a, b in zip(dense.model.parameters(), cggr.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
+
+
+def test_building_a_model_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    make_lane("dense", seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """A folder as save_pretrained writes it, with a tokenizer that truncates."""
+    lane, _ = make_lane("dense")
+    folder = tmp_path / "pretrained"
+    lane.model.save_pretrained(folder)
+    tokenizer = tokens.train_tokenizer(["the double of 12 is 24\n"] * 50, vocab_size=290)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_local_model_is_fine_tuned(book, tmp_path, saved_model):
+    arguments = "--model pretrained --batch-size 4 --sequence-length 16 --budget 2steps"
+    result = race(*arguments.split(), "--learning-rate", "1e-2", "--lanes", "dense,cggr")
+    assert result.exit_code == 0, result.output
+    found = read(tmp_path)
+    assert found["settings"]["model"] == "pretrained"
+    # Truncated to four tokens, forty pages would give 200.
+    assert found["text"]["training_tokens"] > 10_000
+    curve = found["runs"][0]["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--sequence-length 17",
+            "--sequence-length 17 is more than the 16 positions of --model pretrained",
+        ),
+        (
+            "--sequence-length 16 --router-layers 3",
+            "--router-layers 3 is more than the 2 layers of --model pretrained",
+        ),
+    ],
+)
+def test_a_local_model_that_does_not_fit(book, saved_model, arguments, message):
+    result = race("--model", "pretrained", "--batch-size", "4", *arguments.split())
+    assert result.stderr == f"cggr: {message}\n"
+    assert result.exit_code == 2
+
+
+def test_a_model_without_tokenizer(book, saved_model):
+    (saved_model / "tokenizer.json").unlink()
+    result = race("--model", "pretrained", "--batch-size", "4")
+    assert result.stderr == (
+        "cggr: --model pretrained: no tokenizer.json in it; give the folder of a Hugging Face "
+        "model with its tokenizer, as save_pretrained writes it\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model(book, saved_model, name):
+    (saved_model / name).write_text("{")
+    result = race("--model", "pretrained", "--batch-size", "4", "--sequence-length", "16")
+    assert result.stderr.startswith("cggr: --model pretrained: ")
+    assert result.stderr.count("\n") == 1
+    assert result.exit_code == 2
+
+
+def test_a_tokenizer_larger_than_the_model(book, saved_model):
+    tokens.train_tokenizer([str(book.joinpath(f"page{i:02}.txt").read_text()) for i in range(20)], 400).save(
+        str(saved_model / "tokenizer.json")
+    )
+    result = race("--model", "pretrained", "--batch-size", "4", "--sequence-length", "16")
+    assert "tokens of its tokenizer" in result.stderr
+    assert result.exit_code == 2
+
+
+def test_a_device_is_found_or_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert torch_lanes.find_device("auto") == torch.device("mps")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert torch_lanes.find_device("auto") == torch.device("cpu")
+    with pytest.raises(RaceError, match="^--device mps: this machine"):
+        torch_lanes.find_device("mps")
