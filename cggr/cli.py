@@ -140,11 +140,11 @@ _POSITIVE = click.IntRange(min=1)
         "--eval-every", type=_Amount(), show_default="a tenth of the budget", help="As --budget."
     ),
     click.option("--batch-size", type=_POSITIVE, default=16),
-    click.option("--sequence-length", type=click.IntRange(min=2), default=128),
+    click.option("--sequence-length", type=click.IntRange(min=2), default=64),
     click.option(
         "--learning-rate",
         type=click.FloatRange(0, min_open=True),
-        show_default="2e-3; 5e-5 with --model",
+        show_default="4e-3; 5e-5 with --model",
         help="Peak; it decays over the budget.",
     ),
     click.option("--hidden-size", type=_POSITIVE, default=192),

@@ -112,7 +112,7 @@ def test_a_text_too_short_for_a_batch(tmp_path):
     result = run("race", "--text", "short.txt", "--batch-size", "8", "--vocab-size", "257")
     check_refused(
         result,
-        "the text is too short: 96 training tokens, but one batch of 8 x 128 needs 1024; give "
+        "the text is too short: 96 training tokens, but one batch of 8 x 64 needs 512; give "
         "more text, or a smaller --batch-size or --sequence-length",
     )
 

@@ -145,7 +145,7 @@ def _route(
     )
     # Random selection scores nothing, so the control pays for no router.
     router = None if random else create_truncated_router(model, settings.router_layers)
-    return CGGRModel(model, router, config, split="sequence")
+    return CGGRModel(model, router, config, split="sequence").to(model.device)
 
 
 def make_lanes(
@@ -182,6 +182,8 @@ def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transforme
         tie_word_embeddings=True,
         bos_token_id=corpus.end_of_text,
         eos_token_id=corpus.end_of_text,
+        # As wide as the fan-in asks for; at 0.02 this small a model learns much more slowly.
+        initializer_range=settings.hidden_size**-0.5,
         use_cache=False,  # keys and values are for generation; no lane should pay for them
     )
     with torch.random.fork_rng():

@@ -174,9 +174,7 @@ class RoutingConfig:
 def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(
-            f"{name} must be one of {listed}{more}, got {value!r}."
-        )
+        raise ValueError(f"{name} must be one of {listed}{more}, got {value!r}.")
 
 
 def _number(name: str, value: object) -> float:

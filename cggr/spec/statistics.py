@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from cggr.spec.arrays import index_dtype
+from cggr.spec.arrays import device_of, index_dtype
 
 
 class TokenStatistics(NamedTuple):
@@ -68,26 +68,27 @@ def token_statistics(
     # model gives to the other classes is not lost against that 1: log1p and error_norm need it.
     top = xp.max(logits, axis=-1, keepdims=True)
     is_top = logits == top
-    shifted = xp.where(is_top, xp.full_like(logits, -float("inf")), logits) - top
+    shifted = xp.where(is_top, -float("inf"), logits) - top
     exp = xp.exp(shifted)
-    ties = xp.sum(xp.astype(is_top, xp.int32), axis=-1, dtype=xp.int32)
+    ties = xp.sum(is_top, axis=-1, dtype=xp.int32)
     top = xp.squeeze(top, axis=-1)
     # top - top is 0, or NaN for a row without a finite maximum: a fault stays loud.
     tied = xp.astype(ties, logits.dtype) - 1 + (top - top)
     rest = xp.sum(exp, axis=-1) + tied
     exp_sum = 1 + rest
     log_sum = xp.log1p(rest)
-    log_or_zero = xp.where(exp > 0, shifted, xp.zeros_like(shifted))  # 0 log 0 = 0
-    entropy = log_sum - xp.sum(exp * log_or_zero, axis=-1) / exp_sum
+    # 0 log 0 = 0: exp is 0 long before -1000, which unlike -inf it can be multiplied with.
+    lowest = xp.full((1,), -1000.0, dtype=logits.dtype, device=device_of(logits))
+    entropy = log_sum - xp.sum(exp * xp.maximum(shifted, lowest), axis=-1) / exp_sum
     confidence = 1 / exp_sum
-    second = xp.where(ties > 1, xp.ones_like(rest), xp.max(exp, axis=-1))
+    second = xp.where(ties > 1, 1.0, xp.max(exp, axis=-1))
     margin = (1 - second) / exp_sum
     if targets is None:
         return TokenStatistics(None, entropy, confidence, margin, None)
 
     ignored = targets == ignore_index
     valid = (targets >= 0) & (targets < logits.shape[-1]) & ~ignored
-    label = xp.where(valid, targets, xp.zeros_like(targets))
+    label = xp.where(valid, targets, 0)
     label = xp.astype(label, index_dtype(xp))[..., None]
     label_logit = xp.squeeze(xp.take_along_axis(logits, label, axis=-1), axis=-1)
     nll = log_sum - (label_logit - top)
@@ -100,8 +101,8 @@ def token_statistics(
     squares = xp.where(label_is_top, squares, squares + (1 - label_exp * label_exp))
     error_norm = xp.sqrt(error * error + squares) / exp_sum
 
-    zero, nan = xp.zeros_like(nll), xp.full_like(nll, float("nan"))
+    nan = float("nan")
     nll, error_norm = (
-        xp.where(ignored, zero, xp.where(valid, value, nan)) for value in (nll, error_norm)
+        xp.where(ignored, 0.0, xp.where(valid, value, nan)) for value in (nll, error_norm)
     )
     return TokenStatistics(nll, entropy, confidence, margin, error_norm)

@@ -17,10 +17,10 @@ from torch import Tensor
 from cggr import spec
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
 
-# Logits that are in memory at a time, in elements: small enough for the CPU's cache, large enough
-# that an accelerator does not wait for launches.
-_CPU_CHUNK = 1 << 20
-_ACCELERATOR_CHUNK = 1 << 26
+# How many logits are worked on at a time. A head's product wants many rows; on the CPU, what
+# follows it wants them to stay in the cache. An accelerator wants few launches.
+_CPU_PRODUCT, _CPU_CACHE = 1 << 20, 1 << 18
+_ACCELERATOR = 1 << 26
 
 
 def token_statistics(
@@ -54,7 +54,7 @@ def token_statistics(
     """
     check_logits(logits)
     if targets is not None:
-        check_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
+        targets = checked_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
     return chunked_statistics(logits, lambda rows: rows, logits.shape[-1], targets, ignore_index)
 
 
@@ -97,7 +97,7 @@ def linear_token_statistics(
     check_linear(hidden, weight, bias, softcap)
     n_classes = weight.shape[0]
     if targets is not None:
-        check_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
+        targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
 
     def project(rows: Tensor) -> Tensor:
         return linear_logits(rows, weight, bias, logit_scale, softcap)
@@ -169,16 +169,27 @@ def aligned_targets(
         ignore_index: Label of positions that are not trained on.
 
     Returns:
-        ``(B, S)`` of labels' dtype. With `shift` the last position has no target. Neither a
+        int64 ``(B, S)``. With `shift` the last position has no target. Neither a
         padding position nor a padding label is trained on.
     """
-    padding = None
-    if attention_mask is not None and attention_mask.dim() == 2:
-        padding = attention_mask == 0
+    labels = _as_int64("labels", labels)
+    padding = padding_of(attention_mask, labels.shape)
+    if padding is not None:
         labels = labels.masked_fill(padding, ignore_index)
     if shift:
         labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
     return labels if padding is None else labels.masked_fill(padding, ignore_index)
+
+
+def padding_of(attention_mask: Any, shape: Any) -> Tensor | None:
+    """Where a ``(B, S)`` attention mask has padding; None for a mask of another kind."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}."
+        )
+    return attention_mask == 0
 
 
 def linear_logits(
@@ -214,27 +225,35 @@ def chunked_statistics(
     shape = rows.shape[:-1]
     rows_ND = rows.detach().reshape(-1, rows.shape[-1])
     targets_N = None if targets is None else targets.reshape(-1)
-    chunks = []
+    n_rows = rows_ND.shape[0]
+    columns: list[Tensor | None] = []
     with torch.no_grad():
-        for part in row_chunks(rows_ND.shape[0], n_classes, rows.device):
-            part_targets = None if targets_N is None else targets_N[part]
+        for part in row_chunks(n_rows, n_classes, rows.device):
             logits = project(rows_ND[part])
-            chunks.append(
-                spec.token_statistics(logits, part_targets, ignore_index=ignore_index, xp=xp)
-            )
-    return TokenStatistics(
-        *(
-            None if column[0] is None else torch.cat(column).reshape(shape)
-            for column in zip(*chunks, strict=True)
-        )
-    )
+            for inner in row_chunks(logits.shape[0], n_classes, rows.device, _CPU_CACHE):
+                some = slice(part.start + inner.start, part.start + inner.stop)
+                chunk = spec.token_statistics(
+                    logits[inner],
+                    None if targets_N is None else targets_N[some],
+                    ignore_index=ignore_index,
+                    xp=xp,
+                )
+                # One allocation up front: small results kept between large temporaries would
+                # fragment the CPU's heap to many times its need.
+                columns = columns or [None if x is None else x.new_empty(n_rows) for x in chunk]
+                for column, value in zip(columns, chunk, strict=True):
+                    if column is not None:
+                        column[some] = value
+    return TokenStatistics(*(None if x is None else x.reshape(shape) for x in columns))
 
 
-def row_chunks(n_rows: int, n_classes: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose logits fit the chunk budget; one empty slice when there are no rows."""
+def row_chunks(
+    n_rows: int, n_classes: int, device: torch.device, cpu_budget: int = _CPU_PRODUCT
+) -> Iterator[slice]:
+    """Slices of rows whose logits fit the budget; one empty slice when there are no rows."""
     # A compiler unrolls the loop: give it few large chunks.
-    small = device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, (_CPU_CHUNK if small else _ACCELERATOR_CHUNK) // max(n_classes, 1))
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, (cpu_budget if on_cpu else _ACCELERATOR) // max(n_classes, 1))
     for start in range(0, max(n_rows, 1), size):
         yield slice(start, min(start + size, n_rows))
 
@@ -265,21 +284,26 @@ def check_linear(
         raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
-def check_targets(targets: Tensor, shape: Any, n_classes: int, ignore_index: int) -> None:
-    """Refuse targets of another shape or kind; out of range only where looking is free."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integers, got {targets.dtype}.")
+def checked_targets(targets: Tensor, shape: Any, n_classes: int, ignore_index: int) -> Tensor:
+    """Targets as int64; refused if of another shape or kind, or, where looking is free, range."""
+    targets = _as_int64("targets", targets)
     if targets.shape != shape:
         raise ValueError(
             f"targets must have the logits' leading shape {tuple(shape)}, "
             f"got {tuple(targets.shape)}."
         )
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = ((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)
-    if wrong.any():
-        where = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"targets must be in [0, {n_classes}) or ignore_index={ignore_index}, "
-            f"got {targets[where].item()} at position {where}."
-        )
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"targets must be in [0, {n_classes}) or ignore_index={ignore_index}, "
+                f"got {targets[where].item()} at position {where}."
+            )
+    return targets
+
+
+def _as_int64(name: str, x: Tensor) -> Tensor:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {x.dtype}.")
+    return x.long()  # comparisons with ignore_index would wrap around in a narrow type

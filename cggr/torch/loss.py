@@ -1,47 +1,35 @@
 """Losses whose backward pass sees the selected tokens only.
 
-Shapes: ``B`` sequences of ``S`` tokens, ``N = B S``; ``R`` selected rows (slots in use or not);
-``D`` hidden size, ``V`` classes.
+Shapes: ``B`` sequences of ``S`` tokens, ``N = B S``; ``R`` selected rows; ``D`` hidden size, ``V``
+classes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cggr.spec import RoutingConfig, Selection, TokenStatistics
+from cggr.spec import RoutingConfig, TokenStatistics
 from cggr.torch.functional import (
     check_linear,
     check_logits,
-    check_targets,
-    linear_logits,
+    checked_targets,
     linear_token_statistics,
-    row_chunks,
     select_tokens,
     token_difficulty,
     token_statistics,
 )
 from cggr.torch.routing import RoutedModule, process_rank
-
-
-class SelectedRows(NamedTuple):
-    """A selection as rows of the flattened batch.
-
-    Attributes:
-        index_R: int64, rows to gather; unused slots repeat the first used one, so that they read
-            nothing that is not read anyway.
-        label_R: int64 targets; `ignore_index` in unused slots and where the target is invalid.
-        weight_R: float32, 0 in unused slots.
-        fault: scalar, 0, or NaN if a selected target is out of range.
-    """
-
-    index_R: Tensor
-    label_R: Tensor
-    weight_R: Tensor
-    fault: Tensor
+from cggr.torch.selected import (
+    SelectedRows,
+    cross_entropy_sum,
+    every_row,
+    linear_cross_entropy_sum,
+    reduce_loss,
+    selected_rows,
+)
 
 
 class _SelectiveLoss(RoutedModule):
@@ -61,16 +49,20 @@ class _SelectiveLoss(RoutedModule):
         self.reduction = reduction
 
     def _select(
-        self, statistics: TokenStatistics, targets: Tensor, reference_nll: Tensor | None
-    ) -> Selection:
-        eligible = targets != self.config.ignore_index
-        difficulty = token_difficulty(
-            statistics, self.config.scoring, reference_nll=reference_nll
-        ).detach()
+        self,
+        statistics: TokenStatistics,
+        targets: Tensor,
+        reference_nll: Tensor | None,
+        n_classes: int,
+    ) -> SelectedRows:
+        config = self.config
+        eligible = targets != config.ignore_index
+        difficulty = token_difficulty(statistics, config.scoring, reference_nll=reference_nll)
+        difficulty = difficulty.detach()
         batch, length = targets.shape if targets.dim() == 2 else (1, targets.shape[0])
         selection = select_tokens(
             difficulty,
-            self.config,
+            config,
             step=self.step_count,
             draw=self.next_draw(),
             rank=process_rank(),
@@ -78,21 +70,26 @@ class _SelectiveLoss(RoutedModule):
             confidence=statistics.confidence,
             capacity=self.slots(batch, length),
         )
+        if self.selects_all:
+            rows = every_row(targets, n_classes, config.ignore_index)
+        else:
+            rows = selected_rows(
+                selection,
+                targets,
+                n_classes,
+                config.ignore_index,
+                weighted=config.selection == "importance",
+                padded=self.capacity == "static" or config.scope == "sequence",
+            )
         self.record(
             ratio=selection.ratio,
-            tokens_selected=selection.count.sum(dtype=torch.int32),
+            tokens_selected=rows.n_selected,
             eligible=eligible,
             confidence=statistics.confidence,
             entropy=statistics.entropy,
             difficulty=difficulty,
         )
-        return selection
-
-    def _reduce(
-        self, weighted_sum: Tensor, count: Tensor, eligible: Tensor, num_items: int | Tensor | None
-    ) -> Tensor:
-        weighted = self.training and self.config.selection == "importance"
-        return reduce_loss(weighted_sum, count, eligible.sum(), weighted, self.reduction, num_items)
+        return rows
 
 
 class CGGRLoss(_SelectiveLoss):
@@ -168,37 +165,30 @@ class CGGRLoss(_SelectiveLoss):
                 f"logits must have shape (B, S, V) or (N, V), got {tuple(logits.shape)}."
             )
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
-        check_targets(targets, logits.shape[:-1], n_classes, ignore_index)
-        logits_NV = logits.reshape(-1, n_classes)
-        eligible = targets != ignore_index
+        targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
         if self.training:
             statistics = token_statistics(logits, targets, ignore_index=ignore_index)
-            selection = self._select(statistics, targets, reference_nll)
-            rows = selected_rows(selection, targets, n_classes, ignore_index)
-            logits_RV, count = logits_NV.index_select(0, rows.index_R), selection.count.sum()
+            rows = self._select(statistics, targets, reference_nll, n_classes)
         else:
             rows = every_row(targets, n_classes, ignore_index)
-            logits_RV, count = logits_NV, eligible.sum()
-        total = self._weighted_sum(logits_RV, rows) + rows.fault
-        return self._reduce(total, count, eligible, num_items_in_batch)
-
-    def _weighted_sum(self, logits_RV: Tensor, rows: SelectedRows) -> Tensor:
-        if logits_RV.dtype != torch.float64:
-            logits_RV = logits_RV.float()
+        logits_RV = rows.take(logits.reshape(-1, n_classes))
         if self.base_loss is None:
-            return weighted_cross_entropy(
-                logits_RV,
-                rows,
-                self.config.ignore_index,
-                weighted=self.training and self.config.selection == "importance",
-            )
-        loss_R = self.base_loss(logits_RV, rows.label_R)
+            total = cross_entropy_sum(logits_RV, rows, ignore_index)
+        else:
+            total = self._base_loss_sum(logits_RV, rows)
+        n_eligible = (targets != ignore_index).sum()
+        return reduce_loss(total, rows, n_eligible, self.reduction, num_items_in_batch)
+
+    def _base_loss_sum(self, logits_RV: Tensor, rows: SelectedRows) -> Tensor:
+        loss_R = self.base_loss(logits_RV, rows.label_R)  # type: ignore[misc]
         if loss_R.shape != rows.label_R.shape:
             raise ValueError(
                 f"base_loss must return one loss per token, shape {tuple(rows.label_R.shape)}, "
                 f"got {tuple(loss_R.shape)}; use reduction='none'."
             )
-        return (loss_R * rows.weight_R.to(loss_R.dtype)).sum()
+        if rows.weight_R is not None:
+            loss_R = loss_R * rows.weight_R.to(loss_R.dtype)
+        return loss_R.sum() + rows.fault
 
 
 class CGGRLinearLoss(_SelectiveLoss):
@@ -275,195 +265,35 @@ class CGGRLinearLoss(_SelectiveLoss):
                 f"hidden must have shape (B, S, D) or (N, D), got {tuple(hidden.shape)}."
             )
         n_classes, ignore_index = weight.shape[0], self.config.ignore_index
-        check_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
+        targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
+        device = hidden.device.type
         # Inside autocast the head computes in the low precision, as torch's own linear does.
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-        eligible = targets != ignore_index
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             if self.training:
                 statistics = linear_token_statistics(
                     hidden,
-                    weight.detach(),
+                    weight,
                     targets,
-                    bias=None if bias is None else bias.detach(),
+                    bias=bias,
                     logit_scale=self.logit_scale,
                     softcap=self.softcap,
                     ignore_index=ignore_index,
                 )
-                selection = self._select(statistics, targets, reference_nll)
-                rows = selected_rows(selection, targets, n_classes, ignore_index)
-                hidden_RD, count = hidden_ND.index_select(0, rows.index_R), selection.count.sum()
+                rows = self._select(statistics, targets, reference_nll, n_classes)
             else:
                 rows = every_row(targets, n_classes, ignore_index)
-                hidden_RD, count = hidden_ND, eligible.sum()
-            total = _LinearCrossEntropy.apply(
-                hidden_RD,
+            total = linear_cross_entropy_sum(
+                rows.take(hidden.reshape(-1, hidden.shape[-1])),
                 weight,
                 bias,
-                rows.label_R,
-                rows.weight_R,
+                rows,
                 ignore_index,
                 self.logit_scale,
                 self.softcap,
             )
-            return self._reduce(total + rows.fault, count, eligible, num_items_in_batch)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """``Σ_r w_r nll_r`` of a linear head; the gradient is computed chunk by chunk beside it.
-
-    With ``z = h W^T + b``, ``x = c tanh(s z / c)`` and ``g = w (softmax(x) - onehot(y))``:
-    ``dz = g s (1 - (x / c)²)``, ``dh = dz W``, ``dW = dz^T h``, ``db = Σ dz``. Computed in the
-    forward pass, where the chunk's logits are at hand, so the backward pass only scales it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        label_R: Tensor,
-        weight_R: Tensor,
-        ignore_index: int,
-        logit_scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        accumulate = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
-        device = hidden_RD.device
-        total = torch.zeros((), dtype=accumulate, device=device)
-        d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
-        d_bias = (
-            torch.zeros_like(bias_V, dtype=accumulate) if bias_V is not None and need_bias else None
-        )
-        for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], device):
-            hidden, label = hidden_RD[part], label_R[part]
-            counted = label != ignore_index
-            weight = torch.where(counted, weight_R[part].to(accumulate), 0)
-            index = torch.where(counted, label, 0)[:, None]
-            logits = linear_logits(hidden, weight_VD, bias_V, logit_scale, softcap).to(accumulate)
-            log_p = torch.log_softmax(logits, dim=-1)
-            # where, not a product with weight 0: an unused row must not add 0 * inf.
-            nll = torch.where(counted, -log_p.gather(1, index)[:, 0], 0)
-            total += (weight * nll).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            d_logits = log_p.exp_()
-            d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -1.0))
-            d_logits *= logit_scale * weight[:, None]
-            if softcap is not None:
-                d_logits *= 1 - (logits / softcap) ** 2
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(weight_VD.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight_VD
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden
-        ctx.save_for_backward(
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight_VD.dtype),
-            None if d_bias is None or bias_V is None else d_bias.to(bias_V.dtype),
-        )
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
-
-
-def selected_rows(
-    selection: Selection, targets: Tensor, n_classes: int, ignore_index: int
-) -> SelectedRows:
-    """Rows, labels and weights of a selection over ``(B, S)`` or ``(N,)`` targets."""
-    index, target_N = selection.indices.long(), targets.reshape(-1)
-    if index.dim() == 2:  # positions within each sequence
-        length = targets.shape[1]
-        used = index < length
-        start = torch.arange(index.shape[0], device=index.device)[:, None] * length
-        index_R, used_R = (index + start).reshape(-1), used.reshape(-1)
-    else:
-        index_R, used_R = index, index < target_N.shape[0]
-    if index_R.shape[0]:
-        spare = torch.where(used_R, index_R, target_N.shape[0] - 1).amin()
-        index_R = torch.where(used_R, index_R, spare)
-    target_R = target_N.index_select(0, index_R).long()
-    return _labelled(
-        index_R, target_R, used_R, selection.weights.reshape(-1), n_classes, ignore_index
-    )
-
-
-def every_row(targets: Tensor, n_classes: int, ignore_index: int) -> SelectedRows:
-    """All rows with weight 1: the dense loss in the terms of :func:`selected_rows`."""
-    target_N = targets.reshape(-1).long()
-    index_N = torch.arange(target_N.shape[0], device=targets.device)
-    one_N = torch.ones_like(target_N, dtype=torch.float32)
-    return _labelled(index_N, target_N, target_N == target_N, one_N, n_classes, ignore_index)
-
-
-def _labelled(
-    index_R: Tensor,
-    target_R: Tensor,
-    used_R: Tensor,
-    weight_R: Tensor,
-    n_classes: int,
-    ignore_index: int,
-) -> SelectedRows:
-    known_R = (target_R >= 0) & (target_R < n_classes) & (target_R != ignore_index)
-    wrong_R = used_R & ~known_R & (target_R != ignore_index)
-    label_R = torch.where(used_R & known_R, target_R, ignore_index)
-    # A label out of range would be read out of bounds; it is ignored, and the loss is NaN instead.
-    fault = torch.where(wrong_R, torch.nan, 0.0).sum()
-    return SelectedRows(index_R, label_R, torch.where(used_R, weight_R, 0.0), fault)
-
-
-def weighted_cross_entropy(
-    logits_RV: Tensor, rows: SelectedRows, ignore_index: int, *, weighted: bool
-) -> Tensor:
-    """``Σ w nll`` over rows, where `weighted` says whether any w of a used row differs from 1."""
-    if not weighted:
-        # torch's own sum: at ratio 1 the result is the dense loss to the last bit.
-        return F.cross_entropy(logits_RV, rows.label_R, ignore_index=ignore_index, reduction="sum")
-    nll_R = F.cross_entropy(logits_RV, rows.label_R, ignore_index=ignore_index, reduction="none")
-    return (rows.weight_R.to(nll_R.dtype) * nll_R).sum()
-
-
-def reduce_loss(
-    weighted_sum: Tensor,
-    count: Tensor,
-    n_eligible: Tensor,
-    weighted: bool,
-    reduction: str,
-    num_items: int | Tensor | None,
-) -> Tensor:
-    """Divide ``Σ w nll`` by what makes it a mean.
-
-    Args:
-        weighted_sum: Scalar.
-        count: Selected tokens.
-        n_eligible: Eligible tokens of the batch.
-        weighted: The weights make the sum an estimate over all eligible tokens.
-        reduction: ``"sum"`` leaves it; ``"mean"`` divides by `n_eligible` if weighted, else by
-            `count`.
-        num_items: M of gradient accumulation: ``mean n_eligible / M``.
-    """
-    if num_items is not None:
-        if reduction == "sum":
-            raise ValueError("num_items_in_batch needs reduction='mean', got reduction='sum'.")
-        if not isinstance(num_items, Tensor) and not num_items > 0:
-            raise ValueError(f"num_items_in_batch must be positive, got {num_items}.")
-        if weighted:
-            return weighted_sum / num_items
-        share = n_eligible.to(weighted_sum.dtype) / count.clamp(min=1).to(weighted_sum.dtype)
-        return weighted_sum * share / num_items
-    if reduction == "sum":
-        return weighted_sum
-    return weighted_sum / (n_eligible if weighted else count).clamp(min=1).to(weighted_sum.dtype)
+            n_eligible = (targets != ignore_index).sum()
+            return reduce_loss(total, rows, n_eligible, self.reduction, num_items_in_batch)

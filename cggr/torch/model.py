@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from cggr.spec import RoutingConfig
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
-from cggr.torch.functional import aligned_targets, check_targets
-from cggr.torch.loss import every_row, reduce_loss, weighted_cross_entropy
+from cggr.torch.functional import aligned_targets, checked_targets
 from cggr.torch.router import TruncatedRouter, cache_switch, call_model, logits_of, own_router
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
+from cggr.torch.selected import SelectedRows, cross_entropy_sum, every_row, fill_unused, reduce_loss
 
 logger = logging.getLogger(__name__)
 
@@ -165,40 +165,54 @@ class CGGRModel(nn.Module):
             ignore_index=self.config.ignore_index,
         )
         eligible = targets != self.config.ignore_index
-        if not self.training:
-            total = self._loss_sum(model_inputs, targets, None)
-            n_eligible = eligible.sum()
-            return reduce_loss(total, n_eligible, n_eligible, False, "mean", num_items_in_batch)
-
-        mean_difficulty_B, scored = self._score(targets, eligible, reference_nll, model_inputs)
-        step = self.scorer.step_count.reshape(1)
-        ratio = token_ratio(self.config, step, scored.get("confidence"), eligible, xp=xp)
-        batch = targets.shape[0]
-        with torch.no_grad():
-            selection = select_at_ratio(
-                mean_difficulty_B,
-                self.config,
-                ratio,
-                draw=self.scorer.next_draw(),
-                rank=process_rank(),
-                eligible=eligible.any(dim=1),
-                capacity=self.scorer.slots(1, batch),
-                xp=xp,
+        if self.training:
+            kept_inputs, kept_targets, weight_C = self._select(
+                model_inputs, targets, eligible, reference_nll
             )
-        index_C, weight_C = selection.indices.long(), selection.weights
-        if index_C.shape[0] == 0:  # nothing eligible: one unused slot keeps the graph connected
-            index_C, weight_C = index_C.new_full((1,), batch), weight_C.new_zeros(1)
-        used_C = index_C < batch
-        index_C = torch.where(used_C, index_C, 0)
-        kept_targets = targets.index_select(0, index_C).masked_fill(
-            ~used_C[:, None], self.config.ignore_index
-        )
-        count = (kept_targets != self.config.ignore_index).sum(dtype=torch.int32)
-        self.scorer.record(ratio=ratio, tokens_selected=count, eligible=eligible, **scored)
-        weighted = self.config.selection == "importance"
-        kept_inputs = _take_sequences(model_inputs, index_C, batch)
-        total = self._loss_sum(kept_inputs, kept_targets, weight_C if weighted else None)
-        return reduce_loss(total, count, eligible.sum(), weighted, "mean", num_items_in_batch)
+        else:
+            kept_inputs, kept_targets, weight_C = model_inputs, targets, None
+        total, rows = self._loss_sum(kept_inputs, kept_targets, weight_C)
+        return reduce_loss(total, rows, eligible.sum(), "mean", num_items_in_batch)
+
+    def _select(
+        self,
+        model_inputs: dict[str, Any],
+        targets: Tensor,
+        eligible: Tensor,
+        reference_nll: Tensor | None,
+    ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+        """Inputs, targets and weights of the sequences to train on."""
+        mean_difficulty_B, scored = self._score(targets, eligible, reference_nll, model_inputs)
+        config, scorer, batch = self.config, self.scorer, targets.shape[0]
+        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
+        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        weight_C = None
+        if not scorer.selects_all:
+            with torch.no_grad():
+                selection = select_at_ratio(
+                    mean_difficulty_B,
+                    config,
+                    ratio,
+                    draw=draw,
+                    rank=process_rank(),
+                    eligible=eligible.any(dim=1),
+                    capacity=scorer.slots(1, batch),
+                    xp=xp,
+                )
+            index_C, selected_weight_C = selection.indices.long(), selection.weights
+            if index_C.shape[0] == 0:  # nothing eligible: one unused slot keeps the graph connected
+                index_C = index_C.new_full((1,), batch)
+                selected_weight_C = selected_weight_C.new_zeros(1)
+            unused_C = index_C == batch
+            index_C = fill_unused(index_C, unused_C, batch)
+            model_inputs = _take_sequences(model_inputs, index_C, batch)
+            targets = targets.index_select(0, index_C)
+            targets = targets.masked_fill(unused_C[:, None], config.ignore_index)
+            if config.selection == "importance":
+                weight_C = selected_weight_C
+        count = (targets != config.ignore_index).sum(dtype=torch.int32)
+        scorer.record(ratio=ratio, tokens_selected=count, eligible=eligible, **scored)
+        return model_inputs, targets, weight_C
 
     def _score(
         self,
@@ -221,20 +235,15 @@ class CGGRModel(nn.Module):
 
     def _loss_sum(
         self, model_inputs: dict[str, Any], targets: Tensor, weight_C: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` of the model on these sequences."""
         logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
-        if logits.dtype != torch.float64:
-            logits = logits.float()
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
-        check_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+        targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
         rows = every_row(targets, n_classes, ignore_index)
         if weight_C is not None:
             rows = rows._replace(weight_R=weight_C.repeat_interleave(targets.shape[1]))
-        total = weighted_cross_entropy(
-            logits.reshape(-1, n_classes), rows, ignore_index, weighted=weight_C is not None
-        )
-        return total + rows.fault
+        return cross_entropy_sum(logits.reshape(-1, n_classes), rows, ignore_index), rows
 
 
 def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Module:

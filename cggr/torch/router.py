@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -76,39 +76,59 @@ class TruncatedRouter(nn.Module):
             if architecture == "passthrough":
                 _warn_passthrough(model)
         self.architecture = architecture
-        # In a tuple, so that nn.Module does not register what belongs to the model.
-        self._shared: tuple[nn.Module, ...]
-        self.project: Callable[[Tensor], Tensor] | None = None
-        self.n_classes = 0
+        # In tuples, so that nn.Module does not register what belongs to the model.
+        self._source = (model,)
+        self._truncated: tuple[nn.Module] | None = None
         self.num_layers: int | None = None
-        if architecture == "passthrough":
+        if self.passthrough:
             self._cache_switch = cache_switch(model)
-            self._shared = (model,)
             return
-        layout = LAYOUTS[architecture]
-        base, layers, head = (
-            _attribute(model, path, architecture)
-            for path in (layout.base, f"{layout.base}.{layout.layers}", layout.head)
-        )
+        layers = self._part(f"{LAYOUTS[architecture].base}.{LAYOUTS[architecture].layers}")
+        self._part(LAYOUTS[architecture].head)
         if not 1 <= num_layers <= len(layers):
             raise ValueError(
                 f"num_layers must be in [1, {len(layers)}] for a model of {len(layers)} layers, "
                 f"got {num_layers}."
             )
         self.num_layers = num_layers
-        self._cache_switch = cache_switch(base)
-        self._shared = (model, _truncated(base, layout.layers.split("."), num_layers))
-        self.project = _Head(model, head)
-        self.n_classes = cast(Any, model).get_output_embeddings().weight.shape[0]
+        self._cache_switch = cache_switch(self._part(LAYOUTS[architecture].base))
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether the whole model is the router."""
+        return self.architecture == "passthrough"
 
     @property
     def source(self) -> nn.Module:
         """The model that the router was made from."""
-        return self._shared[0]
+        return self._source[0]
+
+    @property
+    def n_classes(self) -> int:
+        """V, the number of logits; not for passthrough."""
+        return cast(Any, self.source).get_output_embeddings().weight.shape[0]
 
     def hidden_states(self, **model_inputs: Any) -> Tensor:
         """Normalised hidden states after the first layers, ``(B, S, D)``; not for passthrough."""
-        return call_model(self._shared[1], self._cache_switch | model_inputs)[0]
+        # Made anew each time, at the price of a few dictionaries: a module that was replaced in
+        # the model, by LoRA say, is replaced here. A compiler sees the one of the first call.
+        if self._truncated is None or not torch.compiler.is_compiling():
+            layout = LAYOUTS[self.architecture]
+            base, path = self._part(layout.base), layout.layers.split(".")
+            self._truncated = (_truncated(base, path, cast(int, self.num_layers)),)
+        return call_model(self._truncated[0], self._cache_switch | model_inputs)[0]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states, as the model's own forward computes them."""
+        config = cast(Any, self.source).config
+        logits = self._part(LAYOUTS[self.architecture].head)(hidden)
+        if (logit_scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * logit_scale
+        if (logits_scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / logits_scaling
+        if (softcap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = (logits / softcap).tanh() * softcap
+        return logits
 
     def forward(self, input_ids: Tensor | None = None, **model_inputs: Any) -> Tensor:
         """Logits ``(B, S, V)`` of the first layers.
@@ -118,9 +138,21 @@ class TruncatedRouter(nn.Module):
             **model_inputs: Passed to the model without head (attention_mask, position_ids, ...).
         """
         model_inputs["input_ids"] = input_ids
-        if self.project is None:
+        if self.passthrough:
             return logits_of(call_model(self.source, self._cache_switch | model_inputs))
         return self.project(self.hidden_states(**model_inputs))
+
+    def _part(self, path: str) -> Any:
+        value: Any = self.source
+        for name in path.split("."):
+            value = getattr(value, name, None)
+            if value is None:
+                raise ValueError(
+                    f"architecture={self.architecture!r} needs {type(self.source).__name__}.{path},"
+                    f" which the model does not have; architecture='passthrough' uses the whole "
+                    f"model."
+                )
+        return value
 
     def extra_repr(self) -> str:
         """Architecture and depth, for ``print(router)``."""
@@ -142,35 +174,14 @@ def create_truncated_router(
     return TruncatedRouter(model, num_layers, architecture)
 
 
-class _Head:
-    """Final hidden states -> logits, as the model's own forward computes them."""
-
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
-        config = model.config
-        self.head = head
-        self.logit_scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-        self.logits_scaling = getattr(config, "logits_scaling", None)  # Granite divides
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        logits = self.head(rows)
-        if self.logit_scale is not None:
-            logits = logits * self.logit_scale
-        if self.logits_scaling is not None:
-            logits = logits / self.logits_scaling
-        if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
-        return logits
-
-
 def own_router(model: nn.Module) -> TruncatedRouter:
     """All of the model as its own router; in chunks through the head where the layout is known."""
     architecture = detect_architecture(model)
     if architecture == "passthrough":
         return TruncatedRouter(model, architecture=architecture)
     layout = LAYOUTS[architecture]
-    layers = _attribute(model, f"{layout.base}.{layout.layers}", architecture)
-    return TruncatedRouter(model, len(layers), architecture)
+    layers = model.get_submodule(f"{layout.base}.{layout.layers}")
+    return TruncatedRouter(model, len(cast(nn.ModuleList, layers)), architecture)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -186,8 +197,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether position t predicts token t + 1: every model but Hugging Face's masked ones."""
-    return not type(model).__name__.endswith("ForMaskedLM")
+    """Whether position t predicts token t + 1: every model but the kinds that are known not to."""
+    aligned = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not (type(model).__name__.endswith(aligned) or encoder_decoder)
 
 
 def cache_switch(model: nn.Module) -> dict[str, bool]:
@@ -220,10 +233,10 @@ def logits_of(output: Any) -> Tensor:
 def detect_architecture(model: nn.Module) -> str:
     """Name of the layout that the model is known to follow, else ``"passthrough"``."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    for name, layout in LAYOUTS.items():
-        if model_type in layout.model_types and has_head:
-            return name
+    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
+        for name, layout in LAYOUTS.items():
+            if model_type in layout.model_types:
+                return name
     return "passthrough"
 
 
@@ -236,18 +249,6 @@ def _warn_passthrough(model: nn.Module) -> None:
         UserWarning,
         stacklevel=4,
     )
-
-
-def _attribute(model: nn.Module, path: str, architecture: str) -> Any:
-    value: Any = model
-    for name in path.split("."):
-        value = getattr(value, name, None)
-        if value is None:
-            raise ValueError(
-                f"architecture={architecture!r} needs {type(model).__name__}.{path}, which the "
-                f"model does not have; architecture='passthrough' uses the whole model."
-            )
-    return value
 
 
 def _truncated(base: nn.Module, path: list[str], num_layers: int) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig
-from cggr.spec.schedule import ONE
+from cggr.spec.schedule import ONE, base_ratio
 
 
 class RoutedModule(nn.Module):
@@ -26,6 +26,10 @@ class RoutedModule(nn.Module):
             synchronisation a forward; ``"static"`` takes at most four sizes over a run and never
             synchronises: use it under torch.compile and CUDA graphs.
         **options: Fields of :class:`RoutingConfig`, by keyword.
+
+    Attributes:
+        selects_all: The ratio is 1 at this step, whatever the batch: the loss is the dense loss,
+            to the last bit.
     """
 
     step_count: Tensor
@@ -106,8 +110,9 @@ class RoutedModule(nn.Module):
 
     def _set_host_step(self, step: int) -> None:
         self._host_step = step
-        # Kept ready, so that a compiled forward depends on four values and not on every step.
+        # Kept ready, so that a compiled forward depends on a few values and not on every step.
         self._capacity_ratio = self.config.capacity_ratio(step)
+        self.selects_all = base_ratio(self.config, step) == ONE
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -5,6 +5,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from cggr.spec.schedule import ONE
 from cggr.torch.functional import (
     aligned_targets,
     check_logits,
-    check_targets,
+    checked_targets,
     chunked_statistics,
+    padding_of,
     select_tokens,
     token_difficulty,
 )
@@ -153,8 +155,8 @@ class CGGRScorer(RoutedModule):
     ) -> Scores:
         """Difficulty, eligibility and statistics of every position, given aligned targets."""
         router, ignore_index = self.router, self.config.ignore_index
-        rows: Tensor
-        if isinstance(router, TruncatedRouter) and router.project is not None:
+        project: Callable[[Tensor], Tensor]
+        if isinstance(router, TruncatedRouter) and not router.passthrough:
             rows = router.hidden_states(**model_inputs)
             project, n_classes = router.project, router.n_classes
         else:
@@ -166,13 +168,11 @@ class CGGRScorer(RoutedModule):
                 f"router must return logits of shape (B, S, V), got {tuple(rows.shape)}."
             )
         if targets is None:
-            attention_mask = model_inputs.get("attention_mask")
-            if attention_mask is not None and attention_mask.dim() == 2:
-                eligible = attention_mask != 0
-            else:
-                eligible = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            padding = padding_of(model_inputs.get("attention_mask"), rows.shape[:2])
+            eligible = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            eligible = eligible if padding is None else ~padding
         else:
-            check_targets(targets, rows.shape[:2], n_classes, ignore_index)
+            targets = checked_targets(targets, rows.shape[:2], n_classes, ignore_index)
             eligible = targets != ignore_index
         statistics = chunked_statistics(rows, project, n_classes, targets, ignore_index)
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
