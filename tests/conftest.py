@@ -40,3 +40,15 @@ def no_float64(request):
 
     with NoFloat64():
         yield
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    """Makes losses and statistics work on so many rows at a time: many chunks on small inputs."""
+    from cggr.torch import functional
+
+    def set_rows(rows, classes, cached_rows=None):
+        monkeypatch.setattr(functional, "_CPU_PRODUCT", rows * classes)
+        monkeypatch.setattr(functional, "_CPU_CACHE", (cached_rows or rows) * classes)
+
+    return set_rows

@@ -101,7 +101,9 @@ def build(name, *, layers=LAYERS, seed=0, **options):
         with torch.no_grad():
             # Fresh weights make every logit nearly 0; larger ones tell tokens apart.
             for parameter_name, parameter in model.named_parameters():
-                if not (name == "mamba" and parameter_name.endswith(("A_log", "D", "dt_proj.bias"))):
+                if not (
+                    name == "mamba" and parameter_name.endswith(("A_log", "D", "dt_proj.bias"))
+                ):
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.train()
 

@@ -1,11 +1,14 @@
 """The command line: what it says, on which stream, with which exit code."""
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import cggr
 from cggr.cli import main
 
 
@@ -15,8 +18,8 @@ def _cache_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(*arguments):
-    return CliRunner().invoke(main, list(arguments))
+def run(line):
+    return CliRunner().invoke(main, shlex.split(line))
 
 
 def check_refused(result, message):
@@ -36,23 +39,31 @@ def check_refused(result, message):
         ("race --text binary", "--text binary: not a file of UTF-8 text"),
         (
             "race --budget 10x",
-            "Invalid value for '--budget': '10x' is not an amount of training: write seconds, "
-            "minutes, hours or steps, as in 60s, 2m, 1h or 500steps",
+            (
+                "Invalid value for '--budget': '10x' is not an amount of training: write seconds, "
+                "minutes, hours or steps, as in 60s, 2m, 1h or 500steps"
+            ),
         ),
         (
             "race --budget 0s",
-            "Invalid value for '--budget': '0s' ends before the first training step: give more "
-            "than zero",
+            (
+                "Invalid value for '--budget': '0s' ends before the first training step: give more "
+                "than zero"
+            ),
         ),
         (
             "race --budget 0steps",
-            "Invalid value for '--budget': '0steps' ends before the first training step: give "
-            "more than zero",
+            (
+                "Invalid value for '--budget': '0steps' ends before the first training step: give "
+                "more than zero"
+            ),
         ),
         (
             "race --budget 10steps --eval-every 11steps",
-            "--budget 10steps ends before the first evaluation: give a longer budget, or an "
-            "--eval-every of at most 10steps",
+            (
+                "--budget 10steps ends before the first evaluation: give a longer budget, or an "
+                "--eval-every of at most 10steps"
+            ),
         ),
         (
             "race --budget 10steps --eval-every 5s",
@@ -64,13 +75,17 @@ def check_refused(result, message):
         ),
         (
             "race --scoring luck",
-            "Invalid value for '--scoring': 'luck' is not one of 'entropy', 'margin', 'loss', "
-            "'combined', 'error_norm'.",
+            (
+                "Invalid value for '--scoring': 'luck' is not one of 'entropy', 'margin', 'loss', "
+                "'combined', 'error_norm'."
+            ),
         ),
         (
             "race --selection best",
-            "Invalid value for '--selection': 'best' is not one of 'topk', 'stratified', "
-            "'sequence_aware', 'importance', 'random'.",
+            (
+                "Invalid value for '--selection': 'best' is not one of 'topk', 'stratified', "
+                "'sequence_aware', 'importance', 'random'."
+            ),
         ),
         (
             "race --model nowhere",
@@ -78,8 +93,10 @@ def check_refused(result, message):
         ),
         (
             "race --text short.txt --model empty",
-            "--model empty: no config.json in it; give the folder of a Hugging Face model with "
-            "its tokenizer, as save_pretrained writes it",
+            (
+                "--model empty: no config.json in it; give the folder of a Hugging Face model with "
+                "its tokenizer, as save_pretrained writes it"
+            ),
         ),
         (
             "race --model empty --layers 3",
@@ -96,7 +113,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("A short text.")
     (tmp_path / "binary").write_bytes(b"\x00\xff")
-    result = run(*arguments.split())
+    result = run(arguments)
     # click has worded these two in several ways and adds guesses at what was meant
     if message.startswith("No such"):
         assert result.stderr.startswith(f"cggr: {message[:15]}")
@@ -109,7 +126,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, arguments, message):
 
 def test_a_text_too_short_for_a_batch(tmp_path):
     (tmp_path / "short.txt").write_text("ab" * 50)
-    result = run("race", "--text", "short.txt", "--batch-size", "8", "--vocab-size", "257")
+    result = run("race --text short.txt --batch-size 8 --vocab-size 257")
     check_refused(
         result,
         "the text is too short: 96 training tokens, but one batch of 8 x 64 needs 512; give "
@@ -120,7 +137,7 @@ def test_a_text_too_short_for_a_batch(tmp_path):
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check_refused(
-        run("race", "--device", "cuda"),
+        run("race --device cuda"),
         "--device cuda: this machine or this build of torch has none",
     )
 
@@ -130,20 +147,20 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "taken").write_text("")
     result = run(
-        *"race --text text.txt --vocab-size 257 --batch-size 2 --hidden-size 32 --name taken".split()
+        "race --text text.txt --vocab-size 257 --batch-size 2 --hidden-size 32 --name taken"
     )
     assert result.stderr == "cggr: cannot make the folder runs/taken: File exists\n"
     assert result.exit_code == 2
 
 
 def test_help_and_version():
-    for arguments in ([], ["--help"], ["-h"]):
-        result = run(*arguments)
+    for line in ("", "--help", "-h"):
+        result = run(line)
         assert result.exit_code == 0
         assert "race" in result.stdout
         assert "info" in result.stdout
     assert run("--version").stdout.startswith("cggr, version ")
-    assert "--eval-every" in run("race", "--help").stdout
+    assert "--eval-every" in run("race --help").stdout
 
 
 def test_info_names_what_is_here_and_what_is_not(monkeypatch):
@@ -177,7 +194,8 @@ def test_help_imports_no_framework():
         "print([name for name in ('torch', 'jax', 'transformers', 'matplotlib', 'tokenizers')"
         " if name in sys.modules])\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    root = Path(cggr.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 

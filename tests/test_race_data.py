@@ -181,9 +181,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_a_sequence_is_a_contiguous_piece_of_the_text_and_every_piece_can_come():
-    batch = tokens.batches(
-        np.arange(20, dtype=np.int32), batch_size=4, sequence_length=4, seed=0
-    )
+    batch = tokens.batches(np.arange(20, dtype=np.int32), batch_size=4, sequence_length=4, seed=0)
     starts = set()
     for step in range(200):
         rows = batch(step)

@@ -45,7 +45,9 @@ def test_means_and_spreads_are_those_of_numpy():
     for item in found:
         assert item.loss == pytest.approx(np.mean(FINAL[item.lane]))
         assert np.array_equal(item.final("loss"), FINAL[item.lane])
-        expected = np.array([[8.0, 6.0 + seed, 5.0, 4.0, FINAL[item.lane][seed]] for seed in (0, 1, 2)])
+        expected = np.array(
+            [[8.0, 6.0 + seed, 5.0, 4.0, FINAL[item.lane][seed]] for seed in (0, 1, 2)]
+        )
         assert np.array_equal(item.points("loss"), expected)
         assert np.allclose(item.points("seconds").mean(0), [0, 10.1, 20.1, 30.1, 40.1])
 
@@ -98,10 +100,14 @@ def test_the_verdict_is_honest(final, sentence):
 def test_the_verdict_ranks_the_lanes_and_counts_the_seeds():
     lines = summary.verdict(summary.summarize(make_runs()), make_settings(seeds=3))
     assert lines == [
-        "Held-out loss at equal time (40 s per lane, 3 seeds): cggr 3.000, dense 3.100, "
-        "random 3.300.",
-        "cggr beats dense by 0.100 (in 2 of 3 seeds); cggr beats random by 0.300 "
-        "(in 2 of 3 seeds).",
+        (
+            "Held-out loss at equal time (40 s per lane, 3 seeds): cggr 3.000, dense 3.100, "
+            "random 3.300."
+        ),
+        (
+            "cggr beats dense by 0.100 (in 2 of 3 seeds); cggr beats random by 0.300 "
+            "(in 2 of 3 seeds)."
+        ),
     ]
 
 
@@ -128,7 +134,7 @@ def test_the_table_fits_80_columns_and_is_saved_as_printed(tmp_path, seeds):
     rows = {line.split()[0]: line.split() for line in table}
     assert max(map(len, table)) <= 80
     assert "…" not in printed
-    spread = [f"{np.std(FINAL['cggr'], ddof=1):.3f}"] if seeds == 3 else []
+    spread = [f"±{np.std(FINAL['cggr'], ddof=1):.3f}"] if seeds == 3 else []
     loss = "3.000" if seeds == 3 else "2.900"
     against = "-0.100"
     bits = f"{float(loss) * 100 / (np.log(2) * 200):.3f}"

@@ -78,8 +78,10 @@ def test_a_budget_is_spent_in_its_own_unit():
         ({"lanes": ()}, "a race needs each lane once, got ''"),
         (
             {"eval_every": Budget(120, "seconds")},
-            "--budget 60s ends before the first evaluation: give a longer budget, or an "
-            "--eval-every of at most 60s",
+            (
+                "--budget 60s ends before the first evaluation: give a longer budget, or an "
+                "--eval-every of at most 60s"
+            ),
         ),
         (
             {"eval_every": Budget(5, "steps")},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from cggr.cli import main
 from cggr.race import tokens, torch_lanes
 from cggr.race.settings import Budget, RaceError, RaceSettings
 
-SMALL = (
+SMALL = shlex.split(
     "--hidden-size 32 --layers 2 --vocab-size 300 --batch-size 8 --sequence-length 32 "
     "--learning-rate 1e-2 --device cpu --threads 1"
-).split()
+)
 
 
 @pytest.fixture
@@ -239,11 +240,11 @@ def test_a_local_model_is_fine_tuned(book, tmp_path, saved_model):
     [
         (
             "--sequence-length 17",
-            "--sequence-length 17 is more than the 16 positions of --model pretrained",
+            "--model pretrained: --sequence-length 17 is more than its 16 positions",
         ),
         (
             "--sequence-length 16 --router-layers 3",
-            "--router-layers 3 is more than the 2 layers of --model pretrained",
+            "--model pretrained: --router-layers 3 is more than its 2 layers",
         ),
     ],
 )
@@ -272,11 +273,14 @@ def test_a_damaged_model(book, saved_model, name):
 
 
 def test_a_tokenizer_larger_than_the_model(book, saved_model):
-    tokens.train_tokenizer([str(book.joinpath(f"page{i:02}.txt").read_text()) for i in range(20)], 400).save(
-        str(saved_model / "tokenizer.json")
-    )
+    pages = [page.read_text() for page in sorted(book.iterdir())]
+    tokenizer = tokens.train_tokenizer(pages, vocab_size=400)
+    tokenizer.save(str(saved_model / "tokenizer.json"))
     result = race("--model", "pretrained", "--batch-size", "4", "--sequence-length", "16")
-    assert "tokens of its tokenizer" in result.stderr
+    assert result.stderr == (
+        f"cggr: --model pretrained: its tokenizer's vocabulary {tokenizer.get_vocab_size()} is "
+        "more than its 300 embeddings\n"
+    )
     assert result.exit_code == 2
 
 
@@ -286,5 +290,5 @@ def test_a_device_is_found_or_named(monkeypatch):
     assert torch_lanes.find_device("auto") == torch.device("mps")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert torch_lanes.find_device("auto") == torch.device("cpu")
-    with pytest.raises(RaceError, match="^--device mps: this machine"):
+    with pytest.raises(RaceError, match=r"^--device mps: this machine"):
         torch_lanes.find_device("mps")

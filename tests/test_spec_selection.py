@@ -116,9 +116,7 @@ def check_numpy_and_torch(case):
         difficulty, options, eligible=eligible, confidence=confidence, capacity=capacity, **state
     )
     if kind == "config":  # a capacity from the configuration holds whatever is selected
-        exact = truth.select(
-            difficulty, options, eligible=eligible, confidence=confidence, **state
-        )
+        exact = truth.select(difficulty, options, eligible=eligible, confidence=confidence, **state)
         np.testing.assert_array_equal(expected.mask, exact.mask)
     result = select_tokens(
         difficulty,
@@ -322,7 +320,11 @@ def test_importance_sampling_is_unbiased_over_seeds():
     ("arguments", "error", "message"),
     [
         ({"difficulty": np.zeros((2, 2, 2), "f4")}, ValueError, r"difficulty must have shape"),
-        ({"difficulty": np.zeros((2, 3), "i4")}, TypeError, "difficulty must be floating, got int32"),
+        (
+            {"difficulty": np.zeros((2, 3), "i4")},
+            TypeError,
+            "difficulty must be floating, got int32",
+        ),
         (
             {"eligible": np.ones((2, 2), bool)},
             ValueError,

@@ -154,18 +154,20 @@ def test_non_contiguous_inputs(view):
     assert_statistics(token_statistics(logits, targets), expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 2, 7])
-def test_chunk_boundaries_change_no_bit(monkeypatch, rows_per_chunk):
+@pytest.mark.parametrize(
+    ("rows", "cached_rows"), [(1, 1), (2, 1), (7, 7), (7, 3), (100, 5), (3, 9)]
+)
+def test_chunk_boundaries_change_no_bit(chunks_of, rows, cached_rows):
     logits, targets = random_logits(4, 9, 13), random_targets(4, 9, classes=13)
     whole = token_statistics(logits, targets)
-    monkeypatch.setattr(functional, "_CPU_CHUNK", 13 * rows_per_chunk)
+    chunks_of(rows, 13, cached_rows)
     chunked = token_statistics(logits, targets)
     for field in FIELDS:
         assert torch.equal(getattr(chunked, field), getattr(whole, field)), field
 
 
-def test_each_row_is_read_once_whatever_the_chunk(monkeypatch):
-    monkeypatch.setattr(functional, "_CPU_CHUNK", 13 * 5)
+def test_each_row_is_read_once_whatever_the_chunk(chunks_of):
+    chunks_of(5, 13)
     slices = list(functional.row_chunks(23, 13, torch.device("cpu")))
     assert [(part.start, part.stop) for part in slices] == [
         (0, 5),
@@ -394,9 +396,9 @@ HEADS = [
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.float64)]
 )
 @pytest.mark.parametrize("options", HEADS)
-@pytest.mark.parametrize("rows_per_chunk", [3, 1000])
-def test_linear_token_statistics_match_the_equations(monkeypatch, dtype, options, rows_per_chunk):
-    monkeypatch.setattr(functional, "_CPU_CHUNK", 19 * rows_per_chunk)
+@pytest.mark.parametrize(("rows", "cached_rows"), [(3, 2), (7, 1), (1000, 1000)])
+def test_linear_token_statistics_match_the_equations(chunks_of, dtype, options, rows, cached_rows):
+    chunks_of(rows, 19, cached_rows)
     hidden, weight = random_logits(4, 5, 8, scale=1.0), random_logits(19, 8, seed=3, scale=1.0)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     options = dict(options)
@@ -501,7 +503,9 @@ def test_linear_token_statistics_never_hold_the_logits():
         check=True,
     )
     added, control = (float(word) for word in result.stdout.split())
-    print(f"linear_token_statistics added {added:.0f} MB to the peak; a 400 MB tensor {control:.0f}")
+    print(
+        f"linear_token_statistics added {added:.0f} MB to the peak; a 400 MB tensor {control:.0f}"
+    )
     assert added < 300
     assert control > 300 - added  # the measurement sees memory
 
@@ -565,7 +569,9 @@ def test_difficulty_errors():
         ValueError, match=exactly("reference_nll must have shape (3,), got (3, 1).")
     ):
         token_difficulty(statistics, "excess_loss", reference_nll=torch.zeros(3, 1))
-    with pytest.raises(ValueError, match=r"^scoring must be one of 'entropy', .* got 'surprise'\.$"):
+    with pytest.raises(
+        ValueError, match=r"^scoring must be one of 'entropy', .* got 'surprise'\.$"
+    ):
         token_difficulty(statistics, "surprise")
     with pytest.raises(
         ValueError, match=exactly("scoring must return scores of shape (3,), got (3, 2).")

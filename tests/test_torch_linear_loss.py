@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cggr.torch import CGGRLinearLoss, CGGRLoss, functional
+from cggr.torch import CGGRLinearLoss, CGGRLoss
 
 CLASSES, WIDTH = 23, 8
 SELECTIONS = truth.SELECTIONS
@@ -74,8 +74,8 @@ class Trace(TorchDispatchMode):
 @pytest.mark.parametrize("head_name", HEADS)
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("rows_per_chunk", [4, 1000])
-def test_equals_the_loss_of_the_logits(monkeypatch, selection, head_name, scope, rows_per_chunk):
-    monkeypatch.setattr(functional, "_CPU_CHUNK", CLASSES * rows_per_chunk)
+def test_equals_the_loss_of_the_logits(chunks_of, selection, head_name, scope, rows_per_chunk):
+    chunks_of(rows_per_chunk, CLASSES)
     head_options = dict(HEADS[head_name])
     hidden, weight, bias, targets = inputs(bias=head_options.pop("bias", False))
     options = {"selection": selection, "scope": scope, "warmup_steps": 0, "min_tokens_ratio": 0.3}
@@ -216,8 +216,8 @@ def constant_scores(statistics):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("selection", ["stratified", "importance"])
 @pytest.mark.parametrize("needed", range(1, 8))
-def test_gradcheck_of_every_subset_of_inputs(monkeypatch, needed, selection, softcap):
-    monkeypatch.setattr(functional, "_CPU_CHUNK", 2 * 5)  # chunks of two rows
+def test_gradcheck_of_every_subset_of_inputs(chunks_of, needed, selection, softcap):
+    chunks_of(2, 5)
     criterion = CGGRLinearLoss(
         scoring=constant_scores,
         selection=selection,
@@ -247,7 +247,7 @@ def test_gradcheck_of_every_subset_of_inputs(monkeypatch, needed, selection, sof
 
 def test_a_second_derivative_is_refused_not_wrong():
     hidden, weight, _, targets = inputs()
-    loss = CGGRLinearLoss()(hidden, weight, targets)
+    loss = CGGRLinearLoss()(hidden, weight, targets).square()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -256,9 +256,9 @@ def test_a_second_derivative_is_refused_not_wrong():
 # What is not computed
 
 
-def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
+def test_no_tensor_is_as_large_as_the_logits(chunks_of):
     batch_size, length, classes = 4, 50, 500
-    monkeypatch.setattr(functional, "_CPU_CHUNK", 10 * classes)
+    chunks_of(10, classes)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(batch_size, length, 4, generator=generator, requires_grad=True)
     weight = torch.randn(classes, 4, generator=generator, requires_grad=True)

@@ -66,9 +66,7 @@ def selected_mask(gradient):
 # Value and gradient
 
 
-@pytest.mark.parametrize(
-    ("reduction", "num_items"), [("mean", None), ("mean", 200), ("sum", None)]
-)
+@pytest.mark.parametrize(("reduction", "num_items"), [("mean", None), ("mean", 200), ("sum", None)])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_value_and_gradient(selection, scope, reduction, num_items):
@@ -117,9 +115,7 @@ def test_excess_loss_is_measured_against_the_reference():
     reference = torch.rand(targets.shape, generator=torch.Generator().manual_seed(9)) * 6
     criterion = CGGRLoss(**options)
     criterion(logits, targets, reference_nll=reference).backward()
-    chosen, _, difficulty = true_selection(
-        logits, targets, options, reference_nll=array(reference)
-    )
+    chosen, _, difficulty = true_selection(logits, targets, options, reference_nll=array(reference))
     assert np.array_equal(selected_mask(logits.grad), chosen.mask)
     by_loss, _, _ = true_selection(logits, targets, {**options, "scoring": "loss"})
     assert not np.array_equal(chosen.mask, by_loss.mask)  # the reference matters here
@@ -474,9 +470,7 @@ def test_base_loss_replaces_cross_entropy(selection):
 def test_base_loss_that_reduces_is_an_error():
     logits, targets = batch(2, 3, ignored=0)
     criterion = CGGRLoss(min_tokens_ratio=1.0, base_loss=nn.CrossEntropyLoss())
-    message = (
-        "base_loss must return one loss per token, shape (6,), got (); use reduction='none'."
-    )
+    message = "base_loss must return one loss per token, shape (6,), got (); use reduction='none'."
     with pytest.raises(ValueError, match=exactly(message)):
         criterion(logits, targets)
 
@@ -586,9 +580,11 @@ def test_a_resumed_run_repeats_its_masks(capacity):
     losses, gradients = run(criterion, range(5, 11))
     resumed = CGGRLoss(**options)
     resumed.load_state_dict(saved)
-    assert resumed.slots(4, 19) == (None if capacity == "exact" else truth.capacity(
-        {"selection": "importance", "warmup_steps": 10}, 5, 4, 19
-    ))
+    assert resumed.slots(4, 19) == (
+        None
+        if capacity == "exact"
+        else truth.capacity({"selection": "importance", "warmup_steps": 10}, 5, 4, 19)
+    )
     resumed_losses, resumed_gradients = run(resumed, range(5, 11))
     assert resumed_losses == losses
     assert all(map(torch.equal, resumed_gradients, gradients))
@@ -666,9 +662,7 @@ def test_unknown_and_doubled_options():
         ValueError, match=exactly("capacity must be 'exact' or 'static', got 'dynamic'.")
     ):
         CGGRLoss(capacity="dynamic")
-    with pytest.raises(
-        ValueError, match=exactly("reduction must be 'mean' or 'sum', got 'none'.")
-    ):
+    with pytest.raises(ValueError, match=exactly("reduction must be 'mean' or 'sum', got 'none'.")):
         CGGRLoss(reduction="none")
 
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,29 +26,32 @@ SCHEMA = 1
 def results_table(
     summaries: Sequence[LaneSummary], settings: RaceSettings, corpus: Corpus
 ) -> Table:
-    """The lanes side by side, as means over the seeds; at most 80 characters wide."""
+    """The lanes side by side, as means over the seeds, in 80 columns if no memory is shown."""
     by_lane = {item.lane: item for item in summaries}
     cells: dict[str, Callable[[LaneSummary], str]] = {
-        "held-out\nloss": lambda item: f"{item.loss:.3f}",
-        "std of\nseeds": lambda item: f"{item.final('loss').std(ddof=1):.3f}",
-        "bits per\nbyte": lambda item: f"{corpus.bits_per_byte(item.loss):.3f}",
+        "held-out\nloss": lambda item: f"{item.loss:.3f}{_deviation(item.final('loss'))}",
+        "bits/\nbyte": lambda item: f"{corpus.bits_per_byte(item.loss):.3f}",
         "against\ndense": lambda item: f"{item.loss - by_lane['dense'].loss:+.3f}",
         "\nsteps": lambda item: f"{item.final('steps').mean():,.0f}",
         "tokens\nseen": lambda item: _short(item.final("tokens_seen").mean()),
         "trained\non": lambda item: _short(item.final("tokens_trained").mean()),
         "\nseconds": lambda item: f"{item.final('seconds').mean():.1f}",
-        "tokens\nper s": lambda item: _short(item.final("tokens_per_second").mean()),
+        "tokens\n/s": lambda item: _short(item.final("tokens_per_second").mean()),
         "peak\nmemory": lambda item: f"{(item.peak_memory or 0) / 2**20:,.0f} MiB",
     }
-    if len(summaries[0].curves) == 1:
-        del cells["std of\nseeds"]
     if "dense" not in by_lane:
         del cells["against\ndense"]
     if not any(item.peak_memory for item in summaries):
         del cells["peak\nmemory"]
 
     title = f"cggr race, {summary.budget_in_words(summaries, settings)}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
     table.add_column("\nlane", no_wrap=True)
     for name in cells:
         table.add_column(name, justify="right", no_wrap=True)
@@ -55,6 +60,11 @@ def results_table(
         values = (cell(item) for cell in cells.values())
         table.add_row(item.lane, *values, style="bold" if item is best else "")
     return table
+
+
+def _deviation(values: npt.NDArray[np.float64]) -> str:
+    """The sample's standard deviation, if there is more than one seed to show it."""
+    return f" ±{values.std(ddof=1):.3f}" if len(values) > 1 else ""
 
 
 def _short(number: float) -> str:

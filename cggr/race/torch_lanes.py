@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from cggr.race.engine import Batch, Lane
@@ -170,7 +171,7 @@ def make_lanes(
 def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transformers.PreTrainedModel:
     """Builds the small Llama of the settings, or loads the model that they name."""
     if settings.model is not None:
-        return load_model(settings.model, settings)
+        return load_model(settings.model, settings, corpus)
     config = transformers.LlamaConfig(
         vocab_size=corpus.vocab_size,
         hidden_size=settings.hidden_size,
@@ -191,44 +192,50 @@ def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transforme
         return transformers.LlamaForCausalLM(config)
 
 
-def load_model(folder: Path, settings: RaceSettings) -> transformers.PreTrainedModel:
+def load_model(
+    folder: Path, settings: RaceSettings, corpus: Corpus
+) -> transformers.PreTrainedModel:
     """Loads a causal language model from a local folder, in float32."""
+    transformers.utils.logging.disable_progress_bar()  # an error is to be the only line
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
     model.config.use_cache = False
-    # Not every family of models has these two numbers.
+    # Not every family of models has the last two numbers.
+    embeddings = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config, "max_position_embeddings", settings.sequence_length)
-    if settings.sequence_length > positions:
-        raise RaceError(
-            f"--sequence-length {settings.sequence_length} is more than the {positions} positions "
-            f"of --model {folder}"
-        )
     layers = getattr(model.config, "num_hidden_layers", settings.router_layers)
-    if settings.router_layers > layers:
-        raise RaceError(
-            f"--router-layers {settings.router_layers} is more than the {layers} layers of "
-            f"--model {folder}"
-        )
+    for what, wanted, had, of in (
+        ("its tokenizer's vocabulary", corpus.vocab_size, embeddings, "embeddings"),
+        ("--sequence-length", settings.sequence_length, positions, "positions"),
+        ("--router-layers", settings.router_layers, layers, "layers"),
+    ):
+        if wanted > had:
+            raise RaceError(f"--model {folder}: {what} {wanted} is more than its {had} {of}")
     return model
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
     """Loads the tokenizer of a local model folder and its end-of-text token."""
+    contents = {}
     for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
+        try:
+            contents[name] = json.loads((folder / name).read_text())
+        except FileNotFoundError:
             raise RaceError(
                 f"--model {folder}: no {name} in it; give the folder of a Hugging Face model "
                 "with its tokenizer, as save_pretrained writes it"
-            )
+            ) from None
+        except ValueError as error:
+            raise RaceError(f"--model {folder}: {name} is damaged: {error}") from None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    end = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+    end = contents["config.json"].get("eos_token_id")
     return tokenizer, end[0] if isinstance(end, list) else end
 
 

@@ -230,7 +230,7 @@ def chunked_statistics(
     with torch.no_grad():
         for part in row_chunks(n_rows, n_classes, rows.device):
             logits = project(rows_ND[part])
-            for inner in row_chunks(logits.shape[0], n_classes, rows.device, _CPU_CACHE):
+            for inner in row_chunks(logits.shape[0], n_classes, rows.device, cached=True):
                 some = slice(part.start + inner.start, part.start + inner.stop)
                 chunk = spec.token_statistics(
                     logits[inner],
@@ -248,12 +248,14 @@ def chunked_statistics(
 
 
 def row_chunks(
-    n_rows: int, n_classes: int, device: torch.device, cpu_budget: int = _CPU_PRODUCT
+    n_rows: int, n_classes: int, device: torch.device, *, cached: bool = False
 ) -> Iterator[slice]:
     """Slices of rows whose logits fit the budget; one empty slice when there are no rows."""
-    # A compiler unrolls the loop: give it few large chunks.
-    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, (cpu_budget if on_cpu else _ACCELERATOR) // max(n_classes, 1))
+    budget = _ACCELERATOR
+    # A compiler unrolls the loop: it gets few large chunks on the CPU too.
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        budget = _CPU_CACHE if cached else _CPU_PRODUCT
+    size = max(1, budget // max(n_classes, 1))
     for start in range(0, max(n_rows, 1), size):
         yield slice(start, min(start + size, n_rows))
 

@@ -1,0 +1,153 @@
+"""What only a CUDA device can show: no synchronisation, no fault, the same selections."""
+
+import numpy as np
+import pytest
+import torch
+import truth
+from models import build
+
+from cggr.spec import RoutingConfig
+from cggr.torch import CGGRLinearLoss, CGGRLoss, CGGRModel, create_truncated_router, select_tokens
+from cggr.torch import token_statistics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+RULES = ("topk", "stratified", "sequence_aware", "importance", "random")
+
+
+@pytest.fixture
+def no_synchronisation():
+    """Any wait of the host for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("rule", RULES)
+def test_selections_are_those_of_the_truth(rule, scope, compiled):
+    options = {"selection": rule, "scope": scope, "warmup_steps": 0}
+    config, shape = RoutingConfig(**options), (8, 513)
+    capacity = config.capacity(0, *shape)
+
+    def run(difficulty, eligible, confidence, draw):
+        return select_tokens(
+            difficulty,
+            config,
+            draw=draw,
+            eligible=eligible,
+            confidence=confidence,
+            capacity=capacity,
+        )
+
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+    rng = np.random.default_rng(0)
+    for draw in range(20):
+        difficulty = np.round(rng.normal(0, 2, shape), rng.integers(0, 7)).astype(np.float32)
+        difficulty[rng.random(shape) < 0.01] = np.nan
+        eligible, confidence = rng.random(shape) < 0.8, rng.random(shape).astype(np.float32)
+        expected = truth.select(
+            difficulty, options, draw=draw, eligible=eligible, confidence=confidence
+        )
+        arrays = (torch.from_numpy(x).cuda() for x in (difficulty, eligible, confidence))
+        result = run(*arrays, torch.tensor([draw], dtype=torch.int32, device="cuda"))
+        np.testing.assert_array_equal(result.mask.cpu().numpy(), expected.mask)
+        weights = result.weights.cpu().numpy()[..., : expected.weights.shape[-1]]
+        # A compiler may divide with one ulp of error; what is selected may not depend on it.
+        np.testing.assert_allclose(weights, expected.weights, rtol=3e-7 if compiled else 0)
+
+
+def test_statistics_are_those_of_the_truth():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (64, 5000)).astype(np.float32)
+    targets = rng.integers(0, 5000, 64)
+    expected = truth.statistics(logits, targets)
+    result = token_statistics(torch.from_numpy(logits).cuda(), torch.from_numpy(targets).cuda())
+    for name in result._fields:
+        value = getattr(result, name).cpu().numpy()
+        np.testing.assert_allclose(value, expected[name], rtol=5e-6, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_static_loss_never_synchronises(rule, no_synchronisation):
+    logits = torch.randn(4, 64, 100, device="cuda", requires_grad=True)
+    hidden = torch.randn(4, 64, 16, device="cuda", requires_grad=True)
+    weight = torch.randn(100, 16, device="cuda", requires_grad=True)
+    targets = torch.zeros(4, 64, dtype=torch.long, device="cuda")
+    options = {"selection": rule, "warmup_steps": 3, "capacity": "static"}
+    criterion, linear = CGGRLoss(**options).cuda(), CGGRLinearLoss(**options).cuda()
+    for _ in range(5):
+        criterion(logits, targets).backward()
+        linear(hidden, weight, targets).backward()
+        criterion.step()
+        linear.step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_static_model_never_synchronises(rule):
+    model = build("llama").cuda()
+    router = create_truncated_router(model, 1)
+    cggr_model = CGGRModel(model, router, selection=rule, warmup_steps=3, capacity="static").cuda()
+    ids = torch.randint(0, 60, (8, 32), device="cuda")
+    cggr_model(ids, labels=ids).backward()  # what the libraries set up once may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            cggr_model(ids, labels=ids).backward()
+            cggr_model.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_check_above_can_fail(no_synchronisation):
+    criterion = CGGRLoss(capacity="exact", min_tokens_ratio=0.5, warmup_steps=0).cuda()
+    logits = torch.randn(4, 64, 100, device="cuda")
+    targets = torch.zeros(4, 64, dtype=torch.long, device="cuda")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        criterion(logits, targets)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 2**40])
+def test_a_label_out_of_range_makes_the_loss_nan_and_reads_nothing(wrong):
+    hidden, weight = torch.randn(4, 64, 16, device="cuda"), torch.randn(100, 16, device="cuda")
+    targets = torch.zeros(4, 64, dtype=torch.long, device="cuda")
+    targets[1, 3] = wrong
+    for capacity in ("exact", "static"):
+        options = {"min_tokens_ratio": 0.5, "warmup_steps": 0, "capacity": capacity}
+        # A NaN score ranks first, so the faulty token is selected.
+        assert CGGRLoss(**options).cuda()(hidden @ weight.T, targets).isnan()
+        assert CGGRLinearLoss(**options).cuda()(hidden, weight, targets).isnan()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_captured_loss_replays_with_new_inputs(rule):
+    options = {"selection": rule, "warmup_steps": 0, "capacity": "static"}
+    logits = torch.randn(4, 64, 100, device="cuda", requires_grad=True)
+    targets = torch.zeros(4, 64, dtype=torch.long, device="cuda")
+    criterion = CGGRLoss(**options).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            criterion(logits, targets).backward()
+    torch.cuda.synchronize()
+    logits.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = criterion(logits, targets)
+        loss.backward()
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        with torch.no_grad():
+            logits.normal_(generator=generator)
+        eager = CGGRLoss(**options).cuda()
+        eager.draw_count.copy_(criterion.draw_count)
+        graph.replay()
+        copy = logits.detach().clone().requires_grad_()
+        expected = eager(copy, targets)
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(logits.grad, copy.grad)
