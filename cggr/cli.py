@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,9 +112,21 @@ _POSITIVE = click.IntRange(min=1)
 @main.command(context_settings={"show_default": True})
 @_options(
     click.option("--budget", type=_Amount(), default="60s", help="Training per lane and seed."),
-    click.option("--lanes", type=_Names(), default=",".join(LANES), help="Who races."),
-    click.option("--scoring", type=click.Choice(SCORINGS), default="combined"),
-    click.option("--selection", type=click.Choice(SELECTIONS), default="stratified"),
+    click.option(
+        "--lanes", type=_Names(), default=",".join(LANES), help="Who races, separated by commas."
+    ),
+    click.option(
+        "--scoring",
+        type=click.Choice(SCORINGS),
+        default="combined",
+        help="How hard a token is, for cggr.",
+    ),
+    click.option(
+        "--selection",
+        type=click.Choice(SELECTIONS),
+        default="stratified",
+        help="What cggr trains on; stratified and importance are recommended.",
+    ),
     click.option(
         "--ratio",
         type=click.FloatRange(0, 1, min_open=True),
@@ -137,14 +150,17 @@ _POSITIVE = click.IntRange(min=1)
     ),
     click.option("--seeds", type=_POSITIVE, default=1, help="Number of repetitions."),
     click.option(
-        "--eval-every", type=_Amount(), show_default="a tenth of the budget", help="As --budget."
+        "--eval-every",
+        type=_Amount(),
+        show_default="a tenth of the budget",
+        help="Training between evaluations.",
     ),
     click.option("--batch-size", type=_POSITIVE, default=16),
     click.option("--sequence-length", type=click.IntRange(min=2), default=64),
     click.option(
         "--learning-rate",
         type=click.FloatRange(0, min_open=True),
-        show_default="4e-3; 5e-5 with --model",
+        show_default="6e-3; 5e-5 with --model",
         help="Peak; it decays over the budget.",
     ),
     click.option("--hidden-size", type=_POSITIVE, default=192),
@@ -181,6 +197,8 @@ def race(
         name = f"{now}-{settings.selection}-{settings.ratio:g}-{settings.budget}"
     elif Path(name).name != name or name in (".", ".."):
         raise click.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
+    # Threads that wait by spinning slow a shared machine down several times; torch reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from cggr.race.main import race as run
     except ModuleNotFoundError as error:

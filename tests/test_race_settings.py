@@ -112,7 +112,7 @@ def test_the_defaults():
         0.25,
     )
     assert settings.eval_interval == 0.1
-    assert settings.peak_learning_rate == 4e-3
+    assert settings.peak_learning_rate == 6e-3
 
 
 def test_fine_tuning_starts_gently(tmp_path):

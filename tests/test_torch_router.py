@@ -119,7 +119,7 @@ def test_what_the_configuration_does_to_logits_is_honoured(name, attribute, othe
 def test_a_head_bias_is_honoured():
     model = models.build("gptj")
     with torch.no_grad():
-        model.lm_head.bias.copy_(torch.arange(models.VOCAB).float())
+        model.lm_head.bias.copy_(10.0 * torch.arange(models.VOCAB))
         router = create_truncated_router(model, num_layers=models.LAYERS)
         assert torch.equal(router(models.token_ids()), model(models.token_ids()).logits)
         assert (router(models.token_ids()).argmax(dim=-1) == models.VOCAB - 1).all()
@@ -212,7 +212,7 @@ def test_architecture_errors():
     with pytest.raises(ValueError, match=exactly(message)):
         create_truncated_router(model, architecture="mlp")
     message = (
-        "architecture='gpt' needs LlamaForCausalLM.transformer, which the model does not have; "
+        "architecture='gpt' needs LlamaForCausalLM.transformer.h, which the model does not have; "
         "architecture='passthrough' uses the whole model."
     )
     with pytest.raises(ValueError, match=exactly(message)):

@@ -113,7 +113,8 @@ def test_labels_are_shifted_for_causal_models(selection, scope):
     assert not mask[:, -1].any()  # the last position predicts nothing
     assert info["current_ratio"] == chosen.ratio / truth.ONE
     assert np.array_equal(info["selection"].indices.numpy(), chosen.indices)
-    assert np.array_equal(info["selection"].weights.numpy(), chosen.weights)
+    # The weights carry the rounding of the scores.
+    np.testing.assert_allclose(array(info["selection"].weights), chosen.weights, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -26,23 +26,23 @@ SCHEMA = 1
 def results_table(
     summaries: Sequence[LaneSummary], settings: RaceSettings, corpus: Corpus
 ) -> Table:
-    """The lanes side by side, as means over the seeds, in 80 columns if no memory is shown."""
+    """The lanes side by side, as means over the seeds, in 80 columns."""
     by_lane = {item.lane: item for item in summaries}
     cells: dict[str, Callable[[LaneSummary], str]] = {
         "held-out\nloss": lambda item: f"{item.loss:.3f}{_deviation(item.final('loss'))}",
         "bits/\nbyte": lambda item: f"{corpus.bits_per_byte(item.loss):.3f}",
-        "against\ndense": lambda item: f"{item.loss - by_lane['dense'].loss:+.3f}",
+        "vs\ndense": lambda item: f"{item.loss - by_lane['dense'].loss:+.3f}",
         "\nsteps": lambda item: f"{item.final('steps').mean():,.0f}",
         "tokens\nseen": lambda item: _short(item.final("tokens_seen").mean()),
-        "trained\non": lambda item: _short(item.final("tokens_trained").mean()),
-        "\nseconds": lambda item: f"{item.final('seconds').mean():.1f}",
+        "tokens\nkept": lambda item: _short(item.final("tokens_trained").mean()),
+        "train\ntime": lambda item: f"{item.final('seconds').mean():.1f} s",
         "tokens\n/s": lambda item: _short(item.final("tokens_per_second").mean()),
-        "peak\nmemory": lambda item: f"{(item.peak_memory or 0) / 2**20:,.0f} MiB",
+        "peak\nGiB": lambda item: f"{(item.peak_memory or 0) / 2**30:.2f}",
     }
     if "dense" not in by_lane:
-        del cells["against\ndense"]
+        del cells["vs\ndense"]
     if not any(item.peak_memory for item in summaries):
-        del cells["peak\nmemory"]
+        del cells["peak\nGiB"]
 
     title = f"cggr race, {summary.budget_in_words(summaries, settings)}"
     table = Table(

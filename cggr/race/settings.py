@@ -91,7 +91,7 @@ class RaceSettings:
         seeds: Number of repetitions, with seeds 0, 1, ...
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
-        learning_rate: Peak of the schedule; 4e-3 for a new model and 5e-5 for `model` if None.
+        learning_rate: Peak of the schedule; 6e-3 for a new model and 5e-5 for `model` if None.
         hidden_size: Width of the new model, a multiple of 32.
         layers: Depth of the new model.
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
@@ -161,7 +161,7 @@ class RaceSettings:
         """The learning rate at the end of the warm-up."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 4e-3 if self.model is None else 5e-5
+        return 6e-3 if self.model is None else 5e-5
 
     def to_json(self) -> dict[str, object]:
         """The settings as plain values, paths by their last part: a report can be shared."""

@@ -78,7 +78,7 @@ class TruncatedRouter(nn.Module):
         self.architecture = architecture
         # In tuples, so that nn.Module does not register what belongs to the model.
         self._source = (model,)
-        self._truncated: tuple[nn.Module] | None = None
+        self._truncated: tuple[nn.Module]
         self.num_layers: int | None = None
         if self.passthrough:
             self._cache_switch = cache_switch(model)
@@ -92,6 +92,7 @@ class TruncatedRouter(nn.Module):
             )
         self.num_layers = num_layers
         self._cache_switch = cache_switch(self._part(LAYOUTS[architecture].base))
+        self._truncate()
 
     @property
     def passthrough(self) -> bool:
@@ -111,11 +112,9 @@ class TruncatedRouter(nn.Module):
     def hidden_states(self, **model_inputs: Any) -> Tensor:
         """Normalised hidden states after the first layers, ``(B, S, D)``; not for passthrough."""
         # Made anew each time, at the price of a few dictionaries: a module that was replaced in
-        # the model, by LoRA say, is replaced here. A compiler sees the one of the first call.
-        if self._truncated is None or not torch.compiler.is_compiling():
-            layout = LAYOUTS[self.architecture]
-            base, path = self._part(layout.base), layout.layers.split(".")
-            self._truncated = (_truncated(base, path, cast(int, self.num_layers)),)
+        # the model, by LoRA say, is replaced here. A compiler sees the latest of them.
+        if not torch.compiler.is_compiling():
+            self._truncate()
         return call_model(self._truncated[0], self._cache_switch | model_inputs)[0]
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -141,6 +140,11 @@ class TruncatedRouter(nn.Module):
         if self.passthrough:
             return logits_of(call_model(self.source, self._cache_switch | model_inputs))
         return self.project(self.hidden_states(**model_inputs))
+
+    def _truncate(self) -> None:
+        layout = LAYOUTS[self.architecture]
+        base, path = self._part(layout.base), layout.layers.split(".")
+        self._truncated = (_truncated(base, path, cast(int, self.num_layers)),)
 
     def _part(self, path: str) -> Any:
         value: Any = self.source

@@ -152,9 +152,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     With ``z = h W^T + b``, ``x = c tanh(s z / c)`` and ``g = w (softmax(x) - onehot(y))``, the
     gradient is ``dz = g s (1 - (x / c)²)``, ``dh = dz W``, ``dW = dz^T h``, ``db = Σ dz``. The
-    backward pass computes the logits again, chunk by chunk, from the saved logsumexp. (Gradients
-    computed beside the forward pass would save that product; in float16 they would underflow,
-    since the gradient scaler's factor is not known yet.)
+    backward pass computes the logits again, chunk by chunk. (Gradients computed beside the forward
+    pass would save that product; in float16 they would underflow, since the gradient scaler's
+    factor is not known yet.)
     """
 
     @staticmethod
@@ -170,27 +170,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         dtype = _accumulator(hidden_RD)
-        # A row that is ignored has weight 0 and may name no class: class 0 stands in for it.
         row_weight_R = (label_R != ignore_index).to(dtype)
         if weight_R is not None:
             row_weight_R = row_weight_R * weight_R.to(dtype)
-        class_R = label_R.masked_fill(label_R == ignore_index, 0)
-        lse_R = torch.empty(hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
         total = torch.zeros((), dtype=dtype, device=hidden_RD.device)
         for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], hidden_RD.device):
             logits = linear_logits(hidden_RD[part], weight_VD, bias_V, logit_scale, softcap)
-            logits = logits.to(dtype)
-            lse_R[part] = torch.logsumexp(logits, dim=-1)
-            nll = lse_R[part] - logits.gather(1, class_R[part, None])[:, 0]
-            total += torch.where(row_weight_R[part] != 0, row_weight_R[part] * nll, 0).sum()
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R, lse_R)
+            nll = F.cross_entropy(
+                logits.to(dtype), label_R[part], ignore_index=ignore_index, reduction="none"
+            )
+            total += (row_weight_R[part] * nll).sum()
+        # A row that is ignored has weight 0 and may name no class: class 0 stands in for it.
+        class_R = label_R.masked_fill(label_R == ignore_index, 0)
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R)
         ctx.logit_scale, ctx.softcap = logit_scale, softcap
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, bias_V, class_R, row_weight_R, lse_R = ctx.saved_tensors
+        hidden_RD, weight_VD, bias_V, class_R, row_weight_R = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = _accumulator(hidden_RD)
         d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
@@ -201,7 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, row_grad = hidden_RD[part], row_grad_R1[part]
             logits = linear_logits(hidden, weight_VD, bias_V, ctx.logit_scale, ctx.softcap)
             logits = logits.to(dtype)
-            d_logits = torch.exp(logits - lse_R[part, None])
+            d_logits = torch.softmax(logits, dim=-1)
             d_logits.scatter_add_(1, class_R[part, None], torch.full_like(row_grad, -1.0))
             d_logits *= row_grad * ctx.logit_scale
             if ctx.softcap is not None:
