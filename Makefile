@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/cggr race --budget 35s --name demo --overwrite
+	$(BIN)/cggr race --budget 35s
 
 test: lint
 	$(PYTEST)

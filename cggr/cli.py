@@ -124,7 +124,7 @@ _POSITIVE = click.IntRange(min=1)
     click.option(
         "--selection",
         type=click.Choice(SELECTIONS),
-        default="stratified",
+        default="importance",
         help="What cggr trains on; stratified and importance are recommended.",
     ),
     click.option(

@@ -108,7 +108,7 @@ def test_the_defaults():
     assert settings.lanes == ("dense", "random", "cggr")
     assert (settings.scoring, settings.selection, settings.ratio) == (
         "combined",
-        "stratified",
+        "importance",
         0.25,
     )
     assert settings.eval_interval == 0.1

@@ -122,6 +122,19 @@ def test_the_check_above_can_fail():
         criterion(logits, targets)
 
 
+def test_nothing_but_the_data_need_be_moved_to_the_device():
+    logits = torch.randn(4, 8, 10, device="cuda", requires_grad=True)
+    ids = torch.randint(0, 10, (4, 8), device="cuda")
+    criterion, model = CGGRLoss(warmup_steps=2), nn.Embedding(10, 10).cuda()
+    cggr_model = CGGRModel(model, warmup_steps=2)
+    for _ in range(3):
+        criterion(logits, ids).backward()
+        criterion.step()
+        cggr_model(ids, labels=ids).backward()
+        cggr_model.step()
+    assert criterion.get_metrics()["step"] == cggr_model.get_metrics()["step"] == 2
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
 def test_a_model_trains_on_the_device(architecture):
     model = build(architecture).cuda()

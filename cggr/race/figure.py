@@ -56,7 +56,14 @@ def draw(
     right.set_title("by step", loc="left", fontsize=11)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, title="final held-out loss", frameon=False, loc="upper right")
+    right.legend(
+        handles,
+        labels,
+        title="final held-out loss",
+        loc="upper right",
+        edgecolor="none",
+        framealpha=0.9,
+    )
     figure.suptitle(
         f"cggr race: {budget_in_words(summaries, settings)}\n",
         x=0.01,

@@ -106,7 +106,7 @@ class RaceSettings:
     budget: Budget
     lanes: tuple[str, ...] = LANES
     scoring: str = "combined"
-    selection: str = "stratified"
+    selection: str = "importance"
     ratio: float = 0.25
     router_layers: int = 1
     eval_every: Budget | None = None

@@ -146,7 +146,7 @@ def _route(
     )
     # Random selection scores nothing, so the control pays for no router.
     router = None if random else create_truncated_router(model, settings.router_layers)
-    return CGGRModel(model, router, config, split="sequence").to(model.device)
+    return CGGRModel(model, router, config, split="sequence")
 
 
 def make_lanes(
@@ -232,6 +232,11 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
             ) from None
         except ValueError as error:
             raise RaceError(f"--model {folder}: {name} is damaged: {error}") from None
+    if (
+        not isinstance(contents["tokenizer.json"], dict)
+        or "model" not in contents["tokenizer.json"]
+    ):
+        raise RaceError(f"--model {folder}: its tokenizer.json describes no tokenizer")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()

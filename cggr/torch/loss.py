@@ -56,6 +56,7 @@ class _SelectiveLoss(RoutedModule):
         n_classes: int,
     ) -> SelectedRows:
         config = self.config
+        self.follow(targets.device)
         eligible = targets != config.ignore_index
         difficulty = token_difficulty(statistics, config.scoring, reference_nll=reference_nll)
         difficulty = difficulty.detach()

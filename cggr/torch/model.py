@@ -16,7 +16,15 @@ from cggr.spec import RoutingConfig
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
 from cggr.torch.functional import aligned_targets, checked_targets
-from cggr.torch.router import TruncatedRouter, cache_switch, call_model, logits_of, own_router
+from cggr.torch.router import (
+    TruncatedRouter,
+    cache_switch,
+    call_model,
+    is_causal,
+    logits_of,
+    own_router,
+    unwrapped,
+)
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
 from cggr.torch.selected import SelectedRows, cross_entropy_sum, every_row, fill_unused, reduce_loss
@@ -80,6 +88,8 @@ class CGGRModel(nn.Module):
         self.split = "sequence"
         self.model = model
         self._cache_switch = cache_switch(model)
+        if shift_labels == "auto":  # the model knows; its router may be of another kind
+            shift_labels = is_causal(unwrapped(model))
         self.scorer = CGGRScorer(
             _without_parameters_of(model, router),
             config,
@@ -184,6 +194,7 @@ class CGGRModel(nn.Module):
         """Inputs, targets and weights of the sequences to train on."""
         mean_difficulty_B, scored = self._score(targets, eligible, reference_nll, model_inputs)
         config, scorer, batch = self.config, self.scorer, targets.shape[0]
+        scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
         ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
         weight_C = None

@@ -107,7 +107,9 @@ class TruncatedRouter(nn.Module):
     @property
     def n_classes(self) -> int:
         """V, the number of logits; not for passthrough."""
-        return cast(Any, self.source).get_output_embeddings().weight.shape[0]
+        find = getattr(self.source, "get_output_embeddings", None)
+        head = self._part(LAYOUTS[self.architecture].head) if find is None else find()
+        return head.weight.shape[0]
 
     def hidden_states(self, **model_inputs: Any) -> Tensor:
         """Normalised hidden states after the first layers, ``(B, S, D)``; not for passthrough."""
@@ -119,7 +121,7 @@ class TruncatedRouter(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states, as the model's own forward computes them."""
-        config = cast(Any, self.source).config
+        config = getattr(self.source, "config", None)
         logits = self._part(LAYOUTS[self.architecture].head)(hidden)
         if (logit_scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * logit_scale

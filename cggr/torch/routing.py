@@ -72,6 +72,12 @@ class RoutedModule(nn.Module):
             for name, value in self._metrics.items()
         }
 
+    def follow(self, device: torch.device) -> None:
+        """Bring the counters to where the data is, once: nobody need move a loss by hand."""
+        if self.step_count.device != device:
+            self.step_count = self.step_count.to(device)
+            self.draw_count = self.draw_count.to(device)
+
     def slots(self, batch: int, length: int) -> int | None:
         """Capacity for a selection over this shape; None if it is to be exact."""
         if self.capacity == "exact":

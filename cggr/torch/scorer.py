@@ -122,6 +122,7 @@ class CGGRScorer(RoutedModule):
             attention_mask=attention_mask,
             **model_inputs,
         )
+        self.follow(scores.difficulty.device)
         batch, length = scores.difficulty.shape
         selection = select_tokens(
             scores.difficulty,
