@@ -1,8 +1,16 @@
-"""A guard over the torch suite: no float64 tensor is made from lower precision (MPS has none)."""
+"""Settings of the suite, and a guard over its torch part.
+
+The guard: no float64 tensor is made from lower precision, since MPS has none.
+"""
 
 import os
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is no failure. In CI the same examples each time, elsewhere new ones.
+settings.register_profile("cggr", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("cggr")
 
 # The tensors are tiny. Threads that wait for each other on a busy machine made the suite ten times
 # slower; set before torch is imported, this holds for subprocesses too.

@@ -61,15 +61,19 @@ def test_defaults_are_those_of_cggr_0_5_0():
             "selection",
             "hardest",
             ValueError,
-            "selection must be one of 'topk', 'stratified', 'sequence_aware', 'importance', "
-            "'random', 'fixed_quota', got 'hardest'.",
+            (
+                "selection must be one of 'topk', 'stratified', 'sequence_aware', 'importance', "
+                "'random', 'fixed_quota', got 'hardest'."
+            ),
         ),
         (
             "scoring",
             "nonsense",
             ValueError,
-            "scoring must be one of 'entropy', 'margin', 'loss', 'combined', 'error_norm', "
-            "'excess_loss' or a callable, got 'nonsense'.",
+            (
+                "scoring must be one of 'entropy', 'margin', 'loss', 'combined', 'error_norm', "
+                "'excess_loss' or a callable, got 'nonsense'."
+            ),
         ),
     ],
 )
@@ -116,14 +120,14 @@ def test_capacity_is_that_of_the_truth(options, step, batch, length):
 @given(CONFIGS)
 def test_capacity_takes_at_most_four_values_and_never_grows(options):
     config = RoutingConfig(**options)
-    steps = sorted({*range(0, 100), *(config.warmup_steps * i // 100 for i in range(102))})
+    steps = sorted({*range(100), *(config.warmup_steps * i // 100 for i in range(102))})
     ratios = [config.capacity_ratio(step) for step in steps]
     assert len(set(ratios)) <= 4
     assert ratios == sorted(ratios, reverse=True)
 
 
 def test_capacity_refuses_a_negative_step():
-    with pytest.raises(ValueError, match="step must not be negative, got -1."):
+    with pytest.raises(ValueError, match=r"step must not be negative, got -1\."):
         RoutingConfig().capacity(-1, 1, 1)
 
 

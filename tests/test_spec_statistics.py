@@ -154,7 +154,7 @@ def test_excess_loss_needs_the_reference():
     statistics, reference = token_statistics(logits, targets), np.ones(64, dtype=np.float32)
     result = token_difficulty(statistics, "excess_loss", reference_nll=reference)
     np.testing.assert_array_equal(result, statistics.nll - 1)
-    with pytest.raises(ValueError, match="scoring='excess_loss' needs reference_nll, got none."):
+    with pytest.raises(ValueError, match=r"scoring='excess_loss' needs reference_nll, got none\."):
         token_difficulty(statistics, "excess_loss")
     with pytest.raises(ValueError, match=r"reference_nll must have shape \(64,\), got \(3,\)."):
         token_difficulty(statistics, "excess_loss", reference_nll=reference[:3])
