@@ -97,6 +97,19 @@ def test_equals_the_loss_of_the_logits(chunks_of, selection, head_name, scope, r
     assert 0 < unselected.sum() < targets.numel()
 
 
+@pytest.mark.parametrize("offset", [100.0, 10_000.0])
+def test_a_common_offset_of_the_logits_costs_no_precision(offset):
+    # exp(logits - logsumexp) would lose as many digits as the offset has.
+    hidden, weight, _, targets = inputs()
+    bias = torch.full((CLASSES,), offset)
+    options = {"selection": "random", "warmup_steps": 0, "dynamic_threshold": False}
+    other = copies(hidden, weight)
+    CGGRLoss(**options)(head(*other, bias), targets).backward()
+    CGGRLinearLoss(**options)(hidden, weight, targets, bias=bias).backward()
+    for got, want in zip((hidden, weight), other, strict=True):
+        assert (got.grad - want.grad).abs().max() < 1e-6 * want.grad.abs().max()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("selection", ["topk", "importance"])
 def test_value_against_the_equations(selection, reduction):

@@ -467,6 +467,18 @@ def test_base_loss_replaces_cross_entropy(selection):
     assert np.array_equal(selected_mask(logits.grad), chosen.mask)
 
 
+def test_base_loss_over_all_tokens():
+    logits, targets = batch()
+    smoothed = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    dense = F.cross_entropy(logits.reshape(-1, CLASSES), targets.reshape(-1), label_smoothing=0.1)
+    for criterion in (
+        CGGRLoss(min_tokens_ratio=1.0, base_loss=smoothed),
+        CGGRLoss(min_tokens_ratio=1.0, base_loss=smoothed, selection="importance"),
+        CGGRLoss(base_loss=smoothed).eval(),
+    ):
+        torch.testing.assert_close(criterion(logits, targets), dense, rtol=1e-6, atol=0)
+
+
 def test_base_loss_that_reduces_is_an_error():
     logits, targets = batch(2, 3, ignored=0)
     criterion = CGGRLoss(min_tokens_ratio=1.0, base_loss=nn.CrossEntropyLoss())

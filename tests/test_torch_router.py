@@ -290,6 +290,25 @@ def test_a_head_that_is_replaced_later_is_used():
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("part", ["norm", "layer", "embedding"])
+def test_a_part_of_the_base_that_is_replaced_later_is_used(part):
+    model, other = models.build("llama"), models.build("llama", seed=5)
+    router = create_truncated_router(model, num_layers=2)
+    ids = models.token_ids()
+    with torch.no_grad():
+        before = router(ids)
+        if part == "norm":
+            model.model.norm = other.model.norm
+        elif part == "layer":  # as LoRA on a whole layer, or an offloading wrapper
+            model.model.layers[1] = other.model.layers[1]
+        else:
+            model.set_input_embeddings(other.get_input_embeddings())
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        want = model.lm_head(model.model.norm(states[2]))
+        assert torch.equal(router(ids), want)
+        assert not torch.equal(want, before)
+
+
 def test_tied_embeddings_are_not_doubled():
     model = models.build("llama", tie_word_embeddings=True)
     wrapped = CGGRModel(model, create_truncated_router(model, num_layers=1), warmup_steps=0)

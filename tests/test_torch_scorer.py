@@ -40,6 +40,16 @@ class TableForMaskedLM(Table):
     """Told apart by its name, as transformers names them."""
 
 
+class TableForTokenClassification(Table):
+    """Its labels are aligned too."""
+
+
+class Seq2SeqTable(Table):
+    """An encoder-decoder shifts its labels into the decoder's input itself."""
+
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+
 def ids_of(batch=4, length=9, seed=0):
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -122,6 +132,8 @@ def test_labels_are_shifted_for_causal_models(selection, scope):
     [
         (Table(), "auto", True),
         (TableForMaskedLM(), "auto", False),
+        (TableForTokenClassification(), "auto", False),
+        (Seq2SeqTable(), "auto", False),
         (Table(), False, False),
         (TableForMaskedLM(), True, True),
     ],
