@@ -179,7 +179,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll = F.cross_entropy(
                 logits.to(dtype), label_R[part], ignore_index=ignore_index, reduction="none"
             )
-            total += (row_weight_R[part] * nll).sum()
+            # Not in place: torch 2.11's compiler then loses the gradient of this function.
+            total = total + (row_weight_R[part] * nll).sum()
         # A row that is ignored has weight 0 and may name no class: class 0 stands in for it.
         class_R = label_R.masked_fill(label_R == ignore_index, 0)
         ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R)
