@@ -54,7 +54,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "budget": "6steps",
         "lanes": ["dense", "random", "cggr"],
         "scoring": "combined",
-        "selection": "stratified",
+        "selection": "importance",
         "ratio": 0.25,
         "router_layers": 1,
         "eval_every": None,
