@@ -25,12 +25,13 @@ lint: $(VENV)/test.stamp
 bench:
 	@echo "Benchmarks come with the Triton kernels; until then: cggr race" && exit 2
 
-$(BIN)/python:
+$(VENV)/made.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "CGGR needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
-$(VENV)/demo.stamp: requirements/demo.txt requirements/constraints.txt pyproject.toml | $(BIN)/python
+$(VENV)/demo.stamp: requirements/demo.txt requirements/constraints.txt pyproject.toml | $(VENV)/made.stamp
 	$(BIN)/python -m pip install -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@

@@ -56,7 +56,7 @@ class _Group(click.Group):
         sys.exit(code or 0)
 
 
-class _Amount(click.ParamType[Budget]):
+class _Amount(click.ParamType):
     """An amount of training, such as 60s or 500steps."""
 
     name = "AMOUNT"
@@ -70,7 +70,7 @@ class _Amount(click.ParamType[Budget]):
             self.fail(str(error), param, ctx)
 
 
-class _Names(click.ParamType[tuple[str, ...]]):
+class _Names(click.ParamType):
     """Names separated by commas."""
 
     name = "NAMES"
@@ -195,8 +195,12 @@ def race(
     if name is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{now}-{settings.selection}-{settings.ratio:g}-{settings.budget}"
-    elif Path(name).name != name or name in (".", ".."):
+    elif Path(name).name != name or name in ("", ".", ".."):
         raise click.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
+    if (output / name / "results.json").exists():
+        raise click.BadParameter(
+            f"{output / name} holds the results of an earlier race", param_hint="--name"
+        )
     # Threads that wait by spinning slow a shared machine down several times; torch reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -55,6 +55,8 @@ class FakeLane:
         return 1000 + self.steps
 
     def evaluate(self):
+        if self.stop_after == -1:
+            raise KeyboardInterrupt
         self.clock.now += EVALUATION
         return 8.0 - self.steps
 
@@ -198,6 +200,13 @@ def test_ctrl_c_keeps_what_was_measured():
 def test_ctrl_c_in_the_second_seed_keeps_the_first():
     race = Race("20steps", seeds=3, stop=("dense", 1), stop_after=0)
     assert [(run.seed, run.complete) for run in race.runs] == [(0, True)] * 3 + [(1, False)] * 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ctrl_c_in_the_evaluation_before_a_seed_leaves_no_run_without_a_point(seed):
+    race = Race("20steps", seeds=3, stop=("dense", seed), stop_after=-1)
+    assert [(run.seed, run.complete) for run in race.runs] == [(0, True)] * 3 * seed
+    assert all(run.curve for run in race.runs)
 
 
 def test_a_budget_shorter_than_a_step():

@@ -70,6 +70,11 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "device": "cpu",
     }
     assert found["versions"]["torch"] == torch.__version__
+    again = race(*SMALL, "--budget", "6steps")
+    assert again.exit_code == 2
+    assert again.stderr == (
+        "cggr: Invalid value for --name: runs/test holds the results of an earlier race\n"
+    )
     assert set(found["versions"]) == {"python", "cggr", "torch", "transformers", "cuda"}
     assert set(found["machine"]) == {"system", "cpu", "cores", "threads", "device", "gpu"}
     assert found["machine"]["device"] == "cpu"
@@ -117,6 +122,7 @@ def test_the_same_steps_give_the_same_losses(book, tmp_path):
     for _ in range(2):
         assert race(*SMALL, "--budget", "3steps", "--selection", "importance").exit_code == 0
         losses.append([[p["loss"] for p in run["curve"]] for run in read(tmp_path)["runs"]])
+        (tmp_path / "runs" / "test" / "results.json").unlink()  # the name may be used again
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][2]
 

@@ -243,6 +243,25 @@ def test_an_empty_batch_selects_nothing(rule, scope, shape):
     assert not result.count.any()
 
 
+def test_importances_that_lie_far_apart_make_no_overflow():
+    options = {"selection": "importance", "importance_floor": 1e-30, "min_tokens_ratio": 1 / 3}
+    options |= {"warmup_steps": 0, "dynamic_threshold": False}
+    difficulty = np.array([[2.9e-34, 3.9e24, 7.1e31]], dtype=np.float32)
+    result = select_tokens(difficulty, RoutingConfig(**options))  # a warning would be an error
+    assert_identical(result, truth.select(difficulty, options), "NumPy")
+
+
+def test_a_step_below_zero_is_refused_or_the_first():
+    x = np.linspace(0, 1, 10, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"step must not be negative, got -3\."):
+        select_tokens(x, RoutingConfig(), step=-3)
+    eligible = np.arange(10) < 5
+    result = select_tokens(
+        x, RoutingConfig(), step=np.array([-3], dtype=np.int32), eligible=eligible
+    )
+    np.testing.assert_array_equal(result.mask, eligible)
+
+
 def test_one_sequence_may_be_given_flat():
     x = np.array([0.3, 2.0, 1.0], dtype=np.float32)
     for scope in SCOPES:

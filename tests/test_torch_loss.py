@@ -666,8 +666,9 @@ def test_unknown_and_doubled_options():
     message = "give either config or options as keywords, got config and scoring, seed."
     with pytest.raises(TypeError, match=exactly(message)):
         CGGRLoss(RoutingConfig(), scoring="loss", seed=1)
-    with pytest.raises(TypeError, match=exactly("config must be a RoutingConfig, got dict.")):
-        CGGRLoss(config={"scoring": "loss"})
+    message = "config must be a RoutingConfig, got {'seed': 1}; options are given by keyword."
+    with pytest.raises(TypeError, match=exactly(message)):
+        CGGRLoss(config={"seed": 1})
     with pytest.raises(ValueError, match=exactly("min_tokens_ratio must be in (0, 1], got 0.0.")):
         CGGRLoss(min_tokens_ratio=0.0)
     with pytest.raises(

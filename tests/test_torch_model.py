@@ -582,19 +582,19 @@ def test_without_a_router_the_model_scores():
 
 def test_a_router_that_shares_a_parameter_is_not_registered():
     class Probe(nn.Module):
-        def __init__(self, embedding):
+        def __init__(self, embedding, head):
             super().__init__()
             self.embedding = embedding
-            self.head = nn.Linear(8, 11)
+            self.head = head
 
         def forward(self, ids):
             return self.head(self.embedding(ids))
 
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
-    wrapped = CGGRModel(model, Probe(model[0]))
+    wrapped = CGGRModel(model, Probe(*model))
     names = [name for name, _ in wrapped.named_parameters()]
     assert names == ["model.0.weight", "model.1.weight", "model.1.bias"]
-    independent = CGGRModel(model, Probe(nn.Embedding(11, 8)))
+    independent = CGGRModel(model, Probe(nn.Embedding(11, 8), nn.Linear(8, 11)))
     names = [name for name, _ in independent.named_parameters()]
     assert names[3:] == [
         "scorer.router.embedding.weight",
@@ -675,8 +675,8 @@ def test_label_errors(training):
     labels = input_ids.clone()
     labels[2, 5] = models.VOCAB
     message = (
-        f"targets must be in [0, {models.VOCAB}) or ignore_index=-100, "
-        f"got {models.VOCAB} at position (2, 4)."
+        f"labels must be in [0, {models.VOCAB}) or ignore_index=-100, "
+        f"got {models.VOCAB} at position (2, 5)."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         wrapped(input_ids, labels=labels)

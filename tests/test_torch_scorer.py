@@ -249,9 +249,9 @@ def test_label_errors():
     scorer = CGGRScorer(Table())
     labels = ids_of()
     labels[2, 5] = VOCAB
-    # Position 4 predicts label 5.
+    # Position 4 predicts label 5, which is the one that is named.
     message = (
-        f"targets must be in [0, {VOCAB}) or ignore_index=-100, got {VOCAB} at position (2, 4)."
+        f"labels must be in [0, {VOCAB}) or ignore_index=-100, got {VOCAB} at position (2, 5)."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         scorer(ids_of(), labels)

@@ -153,10 +153,10 @@ def run_race(
                 _warm_up(make_lane(name, seed), batch(0), settings.budget, clock)
             lanes = {name: make_lane(name, seed) for name in settings.lanes}
             racing = [Run(name, seed) for name in settings.lanes]
-            runs += racing
             loss = lanes[settings.lanes[0]].evaluate()  # of the one model that all start from
             for run in racing:
                 run.curve.append(run.now(loss))
+            runs += racing  # only now: a run has at least the point that it starts from
             watcher.seed_started(racing)
             while unfinished := [run for run in racing if not run.complete]:
                 run = min(unfinished, key=lambda run: _progress(run, settings.budget))

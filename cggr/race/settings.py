@@ -127,6 +127,9 @@ class RaceSettings:
                 raise RaceError(f"unknown lane {lane!r}; known lanes: {', '.join(LANES)}")
         if not self.lanes or len(set(self.lanes)) < len(self.lanes):
             raise RaceError(f"a race needs each lane once, got {','.join(self.lanes)!r}")
+        for option, value in (("ratio", self.ratio), ("learning-rate", self.learning_rate)):
+            if value is not None and not 0 < value < math.inf:
+                raise RaceError(f"--{option} must be a positive number, got {value}")
         if self.eval_every is not None:
             if self.eval_every.unit != self.budget.unit:
                 raise RaceError(

@@ -41,9 +41,10 @@ def base_ratio(config: RoutingConfig, step: Any, *, xp: Any = None) -> Any:
         return target if xp is None else xp.full_like(step, target)
     step = step >> shift
     if xp is None:
-        step = min(step, warmup)
+        step = max(0, min(step, warmup))
     else:
         step = xp.minimum(step, xp.full_like(step, warmup))
+        step = xp.maximum(step, xp.zeros_like(step))
     return ONE - (ONE - target) * step // warmup
 
 

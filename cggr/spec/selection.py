@@ -90,7 +90,8 @@ def select_tokens(
 
     Raises:
         TypeError: `difficulty` is not floating or `eligible` not bool.
-        ValueError: Shapes disagree, or `capacity` is not within 0 and the group's size.
+        ValueError: Shapes disagree, `step` is a negative int, or `capacity` is not within 0 and
+            the group's size.
 
     Example:
         >>> import numpy as np
@@ -105,6 +106,8 @@ def select_tokens(
     """
     xp = array_namespace(difficulty) if xp is None else xp
     difficulty, eligible = _checked(difficulty, eligible, confidence, xp)
+    if isinstance(step, int) and step < 0:
+        raise ValueError(f"step must not be negative, got {step}.")
     step = _as_word(step, difficulty, xp)
     ratio = schedule.token_ratio(config, step, confidence, eligible, xp=xp)
     return select_at_ratio(
@@ -336,6 +339,7 @@ def _priority_sample(
     is_next_RM = (rank_RM == k_R[:, None]) & (ineligible_RM == 0) & ~certain_RM
     # A sum of one term and zeros, which any order of addition gives exactly.
     tau_R = xp.sum(xp.where(is_next_RM, priority_RM, xp.zeros_like(priority_RM)), axis=-1)
-    weight_RM = tau_R[:, None] / q_RM
+    # Of what is not selected the weight is not asked, and τ / q could overflow.
+    weight_RM = tau_R[:, None] / xp.where(rank_RM < k_R[:, None], q_RM, 1.0)
     one_RM = xp.ones_like(weight_RM)
     return rank_RM, xp.where(certain_RM | (weight_RM < 1), one_RM, weight_RM)

@@ -172,6 +172,10 @@ def aligned_targets(
         int64 ``(B, S)``. With `shift` the last position has no target. Neither a
         padding position nor a padding label is trained on.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+    if labels.dim() != 2 or labels.shape[0] == 0:
+        raise ValueError(f"labels must have shape (B, S) with B >= 1, got {tuple(labels.shape)}.")
     labels = _as_int64("labels", labels)
     padding = padding_of(attention_mask, labels.shape)
     if padding is not None:
@@ -280,14 +284,33 @@ def check_linear(
             f"hidden must have shape (..., D) and weight (V, D), "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
+    if autocast_dtype(hidden) is None:
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != hidden.dtype:
+                raise TypeError(
+                    f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}."
+                )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
-def checked_targets(targets: Tensor, shape: Any, n_classes: int, ignore_index: int) -> Tensor:
-    """Targets as int64; refused if of another shape or kind, or, where looking is free, range."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The precision that autocast gives a product of `x`, None where it leaves it alone."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def checked_targets(
+    targets: Tensor, shape: Any, n_classes: int, ignore_index: int, *, shifted: bool = False
+) -> Tensor:
+    """Targets as int64; refused if of another shape or kind, or, where looking is free, range.
+
+    `shifted` says that target t was label t + 1, for the message.
+    """
     targets = _as_int64("targets", targets)
     if targets.shape != shape:
         raise ValueError(
@@ -297,10 +320,12 @@ def checked_targets(targets: Tensor, shape: Any, n_classes: int, ignore_index: i
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ((targets < 0) | (targets >= n_classes)) & (targets != ignore_index)
         if wrong.any():
-            where = tuple(wrong.nonzero()[0].tolist())
+            where = wrong.nonzero()[0].tolist()
+            value = targets[tuple(where)].item()
+            where[-1] += shifted
             raise ValueError(
-                f"targets must be in [0, {n_classes}) or ignore_index={ignore_index}, "
-                f"got {targets[where].item()} at position {where}."
+                f"{'labels' if shifted else 'targets'} must be in [0, {n_classes}) or "
+                f"ignore_index={ignore_index}, got {value} at position {tuple(where)}."
             )
     return targets
 

@@ -6,6 +6,7 @@ classes.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig, TokenStatistics
 from cggr.torch.functional import (
+    autocast_dtype,
     check_linear,
     check_logits,
     checked_targets,
@@ -91,6 +93,12 @@ class _SelectiveLoss(RoutedModule):
             difficulty=difficulty,
         )
         return rows
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class CGGRLoss(_SelectiveLoss):
@@ -267,13 +275,12 @@ class CGGRLinearLoss(_SelectiveLoss):
             )
         n_classes, ignore_index = weight.shape[0], self.config.ignore_index
         targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
-        device = hidden.device.type
         # Inside autocast the head computes in the low precision, as torch's own linear does.
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
+        low_precision = autocast_dtype(hidden)
+        if low_precision is not None:
+            hidden, weight = hidden.to(low_precision), weight.to(low_precision)
+            bias = None if bias is None else bias.to(low_precision)
+        with _without_autocast(hidden.device.type):
             if self.training:
                 statistics = linear_token_statistics(
                     hidden,

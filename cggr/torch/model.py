@@ -5,6 +5,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -37,7 +38,8 @@ class CGGRModel(nn.Module):
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those.
-    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
+    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss;
+    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole.
 
     Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
     selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
@@ -98,6 +100,11 @@ class CGGRModel(nn.Module):
             **options,
         )
 
+        # Sequences are kept whole, so there is no floor of tokens in each of them.
+        config = self.scorer.config
+        aware = config.selection == "sequence_aware"
+        self._rule = dataclasses.replace(config, selection="topk") if aware else config
+
     @property
     def config(self) -> RoutingConfig:
         """The routing options."""
@@ -106,6 +113,10 @@ class CGGRModel(nn.Module):
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""
         self.scorer.step()
+
+    def set_step(self, step: int) -> None:
+        """Go to a step of the schedule: :meth:`RoutedModule.set_step`."""
+        self.scorer.set_step(step)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -166,8 +177,6 @@ class CGGRModel(nn.Module):
         }
         if labels is None:
             return call_model(self.model, model_inputs)
-        if labels.dim() != 2:
-            raise ValueError(f"labels must have shape (B, S), got {tuple(labels.shape)}.")
         targets = aligned_targets(
             labels,
             attention_mask,
@@ -202,12 +211,12 @@ class CGGRModel(nn.Module):
             with torch.no_grad():
                 selection = select_at_ratio(
                     mean_difficulty_B,
-                    config,
+                    self._rule,
                     ratio,
                     draw=draw,
                     rank=process_rank(),
                     eligible=eligible.any(dim=1),
-                    capacity=scorer.slots(1, batch),
+                    capacity=scorer.slots(1, batch, self._rule),
                     xp=xp,
                 )
             index_C, selected_weight_C = selection.indices.long(), selection.weights
@@ -250,7 +259,13 @@ class CGGRModel(nn.Module):
         """``Σ w nll`` of the model on these sequences."""
         logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
-        targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+        targets = checked_targets(
+            targets,
+            logits.shape[:-1],
+            n_classes,
+            ignore_index,
+            shifted=self.scorer.shifts_labels(),
+        )
         rows = every_row(targets, n_classes, ignore_index)
         if weight_C is not None:
             rows = rows._replace(weight_R=weight_C.repeat_interleave(targets.shape[1]))
@@ -265,9 +280,16 @@ def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Mod
     if router is None:
         return own_router(model)
     owned = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) in owned for parameter in router.parameters()):
-        return TruncatedRouter(router, architecture="passthrough")
-    return router
+    shared = [id(parameter) in owned for parameter in router.parameters()]
+    if not any(shared):
+        return router
+    if not all(shared):
+        raise ValueError(
+            f"router must share all of its parameters with the model or none, got "
+            f"{type(router).__name__}, which shares {sum(shared)} of {len(shared)}: those of its "
+            f"own would be neither saved nor moved."
+        )
+    return TruncatedRouter(router, architecture="passthrough")
 
 
 def _take_sequences(inputs: dict[str, Any], index: Tensor, batch: int) -> dict[str, Any]:

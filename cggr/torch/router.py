@@ -43,12 +43,15 @@ LAYOUTS = {
 }
 # fmt: on
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 class TruncatedRouter(nn.Module):
     """The model's embeddings, first layers, final norm and head, sharing its weights.
 
     ``logits = head(final_norm(hidden_states[num_layers]))``, with the head's bias, scale and
-    soft-cap. Parameters and state dict are empty: the modules stay the model's own.
+    soft-cap. Parameters and state dict are empty: the modules stay the model's own, and so does
+    their mode: while the model trains, its dropout is active here too.
 
     Args:
         model: A model with a head: Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3, Phi-3, Cohere,
@@ -72,9 +75,11 @@ class TruncatedRouter(nn.Module):
                 f"got {architecture!r}."
             )
         if architecture == "auto":
-            architecture = detect_architecture(model)
+            architecture = detect_architecture(unwrapped(model))
             if architecture == "passthrough":
                 _warn_passthrough(model)
+        if architecture != "passthrough":
+            model = unwrapped(model)
         self.architecture = architecture
         # In tuples, so that nn.Module does not register what belongs to the model.
         self._source = (model,)
@@ -182,29 +187,33 @@ def create_truncated_router(
 
 def own_router(model: nn.Module) -> TruncatedRouter:
     """All of the model as its own router; in chunks through the head where the layout is known."""
-    architecture = detect_architecture(model)
+    architecture = detect_architecture(unwrapped(model))
     if architecture == "passthrough":
         return TruncatedRouter(model, architecture=architecture)
     layout = LAYOUTS[architecture]
-    layers = model.get_submodule(f"{layout.base}.{layout.layers}")
+    layers = unwrapped(model).get_submodule(f"{layout.base}.{layout.layers}")
     return TruncatedRouter(model, len(cast(nn.ModuleList, layers)), architecture)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The user's model behind a router or torch.compile."""
+    """The user's model behind a router, torch.compile, data parallelism or peft."""
     while True:
         if isinstance(module, TruncatedRouter):
             module = module.source
-            continue
-        compiled = getattr(module, "_orig_mod", None)
-        if not isinstance(compiled, nn.Module):
+        elif isinstance(module, _PARALLEL):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
+            module = cast(nn.Module, module._orig_mod)
+        elif callable(getattr(module, "get_base_model", None)):  # peft, which changes it in place
+            module = cast(Any, module).get_base_model()
+        else:
             return module
-        module = compiled
 
 
 def is_causal(model: nn.Module) -> bool:
     """Whether position t predicts token t + 1: every model but the kinds that are known not to."""
-    aligned = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+    # XLMWithLMHeadModel and its like are masked language models.
+    aligned = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification", "WithLMHeadModel")
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return not (type(model).__name__.endswith(aligned) or encoder_decoder)
 
@@ -241,9 +250,17 @@ def detect_architecture(model: nn.Module) -> str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
         for name, layout in LAYOUTS.items():
-            if model_type in layout.model_types:
+            paths = (f"{layout.base}.{layout.layers}", layout.head)
+            if model_type in layout.model_types and all(_has(model, path) for path in paths):
                 return name
     return "passthrough"
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value is not None
 
 
 def _warn_passthrough(model: nn.Module) -> None:

@@ -50,8 +50,19 @@ class RoutedModule(nn.Module):
 
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""
-        self.step_count += 1
-        self._set_host_step(self._host_step + 1)
+        self.set_step(self._host_step + 1)
+
+    def set_step(self, step: int) -> None:
+        """Go to a step of the schedule, on the device and on the host.
+
+        Args:
+            step: Optimizer step, not negative.
+
+        Raises:
+            ValueError: `step` is negative.
+        """
+        self._set_host_step(step)
+        self.step_count.fill_(step)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -75,14 +86,15 @@ class RoutedModule(nn.Module):
     def follow(self, device: torch.device) -> None:
         """Bring the counters to where the data is, once: nobody need move a loss by hand."""
         if self.step_count.device != device:
-            self.step_count = self.step_count.to(device)
-            self.draw_count = self.draw_count.to(device)
+            with torch.inference_mode(False):  # they outlive a forward in inference mode
+                self.step_count = self.step_count.to(device)
+                self.draw_count = self.draw_count.to(device)
 
-    def slots(self, batch: int, length: int) -> int | None:
+    def slots(self, batch: int, length: int, config: RoutingConfig | None = None) -> int | None:
         """Capacity for a selection over this shape; None if it is to be exact."""
         if self.capacity == "exact":
             return None
-        return self.config.capacity_at(self._capacity_ratio, batch, length)
+        return (config or self.config).capacity_at(self._capacity_ratio, batch, length)
 
     def next_draw(self) -> Tensor:
         """Number of this training forward; the counter moves on."""
@@ -120,8 +132,13 @@ class RoutedModule(nn.Module):
         self._capacity_ratio = self.config.capacity_ratio(step)
         self.selects_all = base_ratio(self.config, step) == ONE
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        step = state_dict.get(f"{prefix}step_count")
+        if step is not None:  # cggr 0.5.0 saved no draws
+            state_dict.setdefault(f"{prefix}draw_count", step)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.step_count.is_meta:
             self._set_host_step(int(self.step_count))
 
@@ -158,7 +175,9 @@ def _config(config: RoutingConfig | None, options: dict[str, Any]) -> RoutingCon
     if config is None:
         return RoutingConfig(**options)
     if not isinstance(config, RoutingConfig):
-        raise TypeError(f"config must be a RoutingConfig, got {type(config).__name__}.")
+        raise TypeError(
+            f"config must be a RoutingConfig, got {config!r}; options are given by keyword."
+        )
     if options:
         raise TypeError(
             f"give either config or options as keywords, got config and {', '.join(options)}."

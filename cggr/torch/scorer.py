@@ -173,7 +173,9 @@ class CGGRScorer(RoutedModule):
             eligible = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
             eligible = eligible if padding is None else ~padding
         else:
-            targets = checked_targets(targets, rows.shape[:2], n_classes, ignore_index)
+            targets = checked_targets(
+                targets, rows.shape[:2], n_classes, ignore_index, shifted=self.shifts_labels()
+            )
             eligible = targets != ignore_index
         statistics = chunked_statistics(rows, project, n_classes, targets, ignore_index)
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
