@@ -680,7 +680,9 @@ def test_label_errors(training):
     )
     with pytest.raises(ValueError, match=exactly(message)):
         wrapped(input_ids, labels=labels)
-    with pytest.raises(ValueError, match=exactly("labels must have shape (B, S), got (10,).")):
+    with pytest.raises(
+        ValueError, match=exactly("labels must have shape (B, S) with B >= 1, got (10,).")
+    ):
         wrapped(input_ids, labels=labels[0])
     message = "targets must have the logits' leading shape (4, 10), got (4, 7)."
     with pytest.raises(ValueError, match=exactly(message)):
