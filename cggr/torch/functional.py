@@ -299,9 +299,9 @@ def check_linear(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision that autocast gives a product of `x`, None where it leaves it alone."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
-    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 def checked_targets(
