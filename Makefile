@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: two workers that each use every core are slower than either alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/cggr race --budget 35s
@@ -21,9 +21,6 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-bench:
-	@echo "Benchmarks come with the Triton kernels; until then: cggr race" && exit 2
 
 $(VENV)/made.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
