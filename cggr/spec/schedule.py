@@ -81,8 +81,8 @@ def token_ratio(
     bits = min(16, 30 - math.ceil(math.log2(max(n_tokens, 1))))  # the sum stays within 2**30
     # A confidence that is NaN counts as none. The comparisons are false for it.
     known = eligible & (confidence >= 0)
-    confidence = xp.where(known, confidence, xp.zeros_like(confidence))
-    confidence = xp.where(confidence > 1, xp.ones_like(confidence), confidence)
+    confidence = xp.where(known, confidence, 0.0)
+    confidence = xp.where(confidence > 1, 1.0, confidence)
     units = xp.astype(xp.floor(confidence * 2.0**bits), xp.int32)
     total = xp.reshape(xp.sum(units, dtype=xp.int32), (1,))
     n_eligible = xp.reshape(xp.sum(xp.astype(eligible, xp.int32), dtype=xp.int32), (1,))

@@ -136,18 +136,19 @@ def select_at_ratio(
         raise ValueError(f"capacity must be in [0, {size}] for {size} tokens, got {capacity}.")
 
     key_RM = xp.reshape(xp.astype(difficulty, xp.float32), (groups, size))
-    key_RM = xp.where(xp.isnan(key_RM), xp.full_like(key_RM, float("inf")), key_RM)
-    key_RM = xp.where(key_RM == 0, xp.zeros_like(key_RM), key_RM)  # -0.0 becomes 0.0
+    key_RM = xp.where(xp.isnan(key_RM), float("inf"), key_RM)
+    key_RM = xp.where(key_RM == 0, 0.0, key_RM)  # -0.0 becomes 0.0
     ineligible_RM = xp.reshape(xp.astype(~eligible, xp.int32), (groups, size))
     n_R = size - _sum(ineligible_RM, xp)
-    k_R = schedule.token_count(n_R, ratio, xp=xp)
+    k_R = _capped(schedule.token_count(n_R, ratio, xp=xp), capacity, xp)
 
-    weights_RM = None
+    weights_RM = xp.ones_like(key_RM)
     if config.selection in ("topk", "fixed_quota"):
         rank_RM = _ranks((ineligible_RM, -key_RM), xp)
     elif config.selection == "sequence_aware":
-        below_floor_RM, k_R = _sequence_floors(key_RM, ineligible_RM, k_R, n_sequences, config, xp)
-        rank_RM = _ranks((ineligible_RM, below_floor_RM, -key_RM), xp)
+        beyond_RM = _beyond_floor(key_RM, ineligible_RM, n_sequences, config, xp)
+        k_R = _capped(xp.maximum(k_R, size - _sum(beyond_RM, xp)), capacity, xp)
+        rank_RM = _ranks((ineligible_RM, beyond_RM, -key_RM), xp)
     else:
         index_RM = xp.reshape(
             xp.arange(groups * size, dtype=xp.int32, device=device_of(difficulty)), (groups, size)
@@ -156,17 +157,12 @@ def select_at_ratio(
         if config.selection == "random":
             rank_RM = _ranks((ineligible_RM, bits_RM), xp)
         elif config.selection == "stratified":
-            k_R = _capped(k_R, capacity, xp)
             unsampled_RM = _outside_strata(key_RM, ineligible_RM, bits_RM, n_R, k_R, config, xp)
             rank_RM = _ranks((ineligible_RM, unsampled_RM), xp)
         else:
-            k_R = _capped(k_R, capacity, xp)
             rank_RM, weights_RM = _priority_sample(key_RM, ineligible_RM, bits_RM, k_R, config, xp)
 
-    k_R = _capped(k_R, capacity, xp)
     mask_RM = rank_RM < k_R[:, None]
-    if weights_RM is None:
-        weights_RM = xp.ones_like(key_RM)
     if capacity is None:
         capacity = int(xp.max(k_R)) if groups else 0
     indices_RC, weights_RC = _slots(mask_RM, weights_RM, k_R, capacity, xp)
@@ -236,23 +232,22 @@ def _slots(mask_RM: Any, weights_RM: Any, k_R: Any, capacity: int, xp: Any) -> t
     slot_C = xp.arange(capacity, dtype=xp.int32, device=device_of(mask_RM))
     used_RC = slot_C[None, :] < k_R[:, None]
     indices_RC = xp.astype(order_RC, xp.int32)
-    indices_RC = xp.where(used_RC, indices_RC, xp.full_like(indices_RC, size))
+    indices_RC = xp.where(used_RC, indices_RC, size)
     weights_RC = xp.take_along_axis(weights_RM, order_RC, axis=-1)
-    return indices_RC, xp.where(used_RC, weights_RC, xp.zeros_like(weights_RC))
+    return indices_RC, xp.where(used_RC, weights_RC, 0.0)
 
 
-def _sequence_floors(
-    key_RM: Any, ineligible_RM: Any, k_R: Any, n_sequences: int, config: RoutingConfig, xp: Any
-) -> tuple[Any, Any]:
-    """0 for the tokens that every sequence keeps, 1 for others; and k raised to their number."""
+def _beyond_floor(
+    key_RM: Any, ineligible_RM: Any, n_sequences: int, config: RoutingConfig, xp: Any
+) -> Any:
+    """0 for the tokens that every sequence keeps whatever the ranking says; 1 for others."""
     groups, size = key_RM.shape
     length = groups * size // n_sequences if n_sequences else 0
     key_BS, ineligible_BS = (xp.reshape(x, (n_sequences, length)) for x in (key_RM, ineligible_RM))
     rank_BS = _ranks((ineligible_BS, -key_BS), xp)
     floor = min(config.min_tokens_per_sequence, length)
-    above_BS = xp.astype((ineligible_BS > 0) | (rank_BS >= floor), xp.int32)
-    above_RM = xp.reshape(above_BS, (groups, size))
-    return above_RM, xp.maximum(k_R, size - _sum(above_RM, xp))
+    beyond_BS = xp.astype((ineligible_BS > 0) | (rank_BS >= floor), xp.int32)
+    return xp.reshape(beyond_BS, (groups, size))
 
 
 def _outside_strata(
@@ -321,7 +316,7 @@ def _stratum_quotas(size_RL: Any, k_R: Any, xp: Any) -> Any:
 
 
 def _running_sum(x_RL: Any, up_to_LL: Any, xp: Any) -> Any:
-    x_RLL = xp.where(up_to_LL[None, :, :], x_RL[:, None, :], xp.zeros_like(x_RL)[:, None, :])
+    x_RLL = xp.where(up_to_LL[None, :, :], x_RL[:, None, :], 0)
     return _sum(x_RLL, xp)
 
 
@@ -330,16 +325,14 @@ def _priority_sample(
 ) -> tuple[Any, Any]:
     """Ranks by priority q / u, and the weight max(1, τ / q) of every token."""
     certain_RM = key_RM == float("inf")  # a numerical fault: always kept, with weight 1
-    q_RM = xp.where(key_RM > 0, key_RM, xp.zeros_like(key_RM)) + config.importance_floor
+    q_RM = xp.where(key_RM > 0, key_RM, 0.0) + config.importance_floor
     q_RM = xp.minimum(q_RM, xp.full_like(q_RM, _LARGEST_IMPORTANCE))
     priority_RM = q_RM * inverse_uniform(bits_RM, xp=xp)
-    rank_RM = _ranks(
-        (ineligible_RM, xp.where(certain_RM, xp.full_like(key_RM, -float("inf")), -priority_RM)), xp
-    )
+    order_RM = xp.where(certain_RM, -float("inf"), -priority_RM)
+    rank_RM = _ranks((ineligible_RM, order_RM), xp)
     is_next_RM = (rank_RM == k_R[:, None]) & (ineligible_RM == 0) & ~certain_RM
     # A sum of one term and zeros, which any order of addition gives exactly.
-    tau_R = xp.sum(xp.where(is_next_RM, priority_RM, xp.zeros_like(priority_RM)), axis=-1)
+    tau_R = xp.sum(xp.where(is_next_RM, priority_RM, 0.0), axis=-1)
     # Of what is not selected the weight is not asked, and τ / q could overflow.
     weight_RM = tau_R[:, None] / xp.where(rank_RM < k_R[:, None], q_RM, 1.0)
-    one_RM = xp.ones_like(weight_RM)
-    return rank_RM, xp.where(certain_RM | (weight_RM < 1), one_RM, weight_RM)
+    return rank_RM, xp.where(certain_RM | (weight_RM < 1), 1.0, weight_RM)
