@@ -25,7 +25,7 @@ lint: $(VENV)/test.stamp
 $(VENV)/made.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "CGGR needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/demo.stamp: requirements/demo.txt requirements/constraints.txt pyproject.toml | $(VENV)/made.stamp

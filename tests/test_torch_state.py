@@ -7,7 +7,16 @@ import torch
 import truth
 from torch import nn
 
-from cggr.torch import CGGRLoss, CGGRModel, CGGRScorer, create_truncated_router, loss, model, scorer
+from cggr.torch import (
+    CGGRLinearLoss,
+    CGGRLoss,
+    CGGRModel,
+    CGGRScorer,
+    create_truncated_router,
+    loss,
+    model,
+    scorer,
+)
 from cggr.torch.router import is_causal, unwrapped
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
@@ -48,8 +57,9 @@ def test_set_step_moves_device_and_host():
     criterion(torch.randn(10, 10, 7), torch.zeros(10, 10, dtype=torch.long))
     assert criterion.get_metrics()["step"] == 10
     assert criterion.get_metrics()["tokens_selected"] == 25
-    with pytest.raises(ValueError, match=r"step must not be negative, got -1\."):
-        criterion.set_step(-1)
+    for wrong, error in ((-1, ValueError), (2**31, ValueError), (2.5, TypeError)):
+        with pytest.raises(error):
+            criterion.set_step(wrong)
     assert int(criterion.step_count) == 10
 
 
@@ -57,6 +67,35 @@ def test_a_state_of_cggr_0_5_0_loads():
     criterion = CGGRLoss()
     criterion.load_state_dict({"step_count": torch.tensor(5)})
     assert (int(criterion.step_count), int(criterion.draw_count)) == (5, 5)
+
+
+def test_assigned_counters_are_two_and_int32():
+    criterion = CGGRLoss()
+    criterion.load_state_dict({"step_count": torch.tensor(5)}, assign=True)
+    criterion.next_draw()
+    assert (int(criterion.step_count), int(criterion.draw_count)) == (5, 6)
+    assert criterion.step_count.dtype == criterion.draw_count.dtype == torch.int32
+
+
+def test_the_second_copy_of_the_model_in_a_state_of_cggr_0_5_0_is_passed_over():
+    routed = CGGRModel(nn.Embedding(5, 5))
+    state = {"model.weight": torch.eye(5), "scorer.step_count": torch.tensor(3)}
+    routed.load_state_dict({**state, "scorer.router.weight": torch.zeros(5, 5)})
+    assert torch.equal(routed.model.weight, torch.eye(5))
+    assert routed.scorer.config.capacity_ratio(3) == routed.scorer._capacity_ratio
+
+
+def test_an_ignored_row_that_overflows_leaves_the_dense_gradient_alone():
+    hidden = torch.randn(2, 4, 8)
+    hidden[0, 0] *= 1e38
+    hidden.requires_grad_()
+    weight = (torch.randn(16, 8) * 10).requires_grad_()
+    targets = torch.zeros(2, 4, dtype=torch.long)
+    targets[0, 0] = -100
+    CGGRLinearLoss(warmup_steps=10)(hidden, weight, targets).backward()
+    assert weight.grad.isfinite().all()
+    assert not hidden.grad[0, 0].any()
+    assert hidden.grad[0, 1].any()
 
 
 def test_counters_that_moved_inside_inference_mode_can_still_count():
@@ -88,7 +127,11 @@ def test_the_kind_of_a_wrapped_model_is_that_of_the_model(name):
 
 
 def test_xlm_is_a_masked_language_model():
-    assert not is_causal(type("XLMWithLMHeadModel", (nn.Module,), {})())
+    import transformers
+
+    config = transformers.XLMConfig(vocab_size=50, emb_dim=8, n_layers=1, n_heads=2)
+    assert not is_causal(transformers.XLMWithLMHeadModel(config))
+    assert is_causal(type("MyGPTWithLMHeadModel", (nn.Module,), {})())
 
 
 def test_a_model_of_a_known_name_without_the_parts_is_its_own_router():

@@ -80,6 +80,7 @@ def token_ratio(
     n_tokens = math.prod(confidence.shape)
     bits = min(16, 30 - math.ceil(math.log2(max(n_tokens, 1))))  # the sum stays within 2**30
     # A confidence that is NaN counts as none. The comparisons are false for it.
+    confidence = xp.astype(confidence, xp.float32)
     known = eligible & (confidence >= 0)
     confidence = xp.where(known, confidence, 0.0)
     confidence = xp.where(confidence > 1, 1.0, confidence)

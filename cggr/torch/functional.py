@@ -305,11 +305,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def checked_targets(
-    targets: Tensor, shape: Any, n_classes: int, ignore_index: int, *, shifted: bool = False
+    targets: Tensor,
+    shape: Any,
+    n_classes: int,
+    ignore_index: int,
+    *,
+    name: str = "targets",
+    shifted: bool = False,
 ) -> Tensor:
     """Targets as int64; refused if of another shape or kind, or, where looking is free, range.
 
-    `shifted` says that target t was label t + 1, for the message.
+    `name` is what the user calls them, and `shifted` says that target t was label t + 1.
     """
     targets = _as_int64("targets", targets)
     if targets.shape != shape:
@@ -324,8 +330,8 @@ def checked_targets(
             value = targets[tuple(where)].item()
             where[-1] += shifted
             raise ValueError(
-                f"{'labels' if shifted else 'targets'} must be in [0, {n_classes}) or "
-                f"ignore_index={ignore_index}, got {value} at position {tuple(where)}."
+                f"{name} must be in [0, {n_classes}) or ignore_index={ignore_index}, "
+                f"got {value} at position {tuple(where)}."
             )
     return targets
 

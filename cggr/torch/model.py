@@ -264,6 +264,7 @@ class CGGRModel(nn.Module):
             logits.shape[:-1],
             n_classes,
             ignore_index,
+            name="labels of the selected sequences" if self.training else "labels",
             shifted=self.scorer.shifts_labels(),
         )
         rows = every_row(targets, n_classes, ignore_index)

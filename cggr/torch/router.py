@@ -148,6 +148,9 @@ class TruncatedRouter(nn.Module):
             return logits_of(call_model(self.source, self._cache_switch | model_inputs))
         return self.project(self.hidden_states(**model_inputs))
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is owned, so nothing is loaded: what cggr 0.5.0 saved here is the model's."""
+
     def _truncate(self) -> None:
         layout = LAYOUTS[self.architecture]
         base, path = self._part(layout.base), layout.layers.split(".")
@@ -204,18 +207,28 @@ def unwrapped(module: nn.Module) -> nn.Module:
             module = module.module
         elif isinstance(getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
             module = cast(nn.Module, module._orig_mod)
-        elif callable(getattr(module, "get_base_model", None)):  # peft, which changes it in place
-            module = cast(Any, module).get_base_model()
+        elif (base := _base_model(module)) is not None:
+            module = base
         else:
             return module
 
 
+def _base_model(module: nn.Module) -> nn.Module | None:
+    """The model inside a peft model, which changes it in place."""
+    find = getattr(module, "get_base_model", None)
+    base = find() if callable(find) else None
+    return base if isinstance(base, nn.Module) and base is not module else None
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether position t predicts token t + 1: every model but the kinds that are known not to."""
-    # XLMWithLMHeadModel and its like are masked language models.
-    aligned = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification", "WithLMHeadModel")
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return not (type(model).__name__.endswith(aligned) or encoder_decoder)
+    aligned = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+    config = getattr(model, "config", None)
+    return not (
+        type(model).__name__.endswith(aligned)
+        or getattr(config, "model_type", None) in ("xlm", "flaubert")  # masked, by another name
+        or getattr(config, "is_encoder_decoder", False)
+    )
 
 
 def cache_switch(model: nn.Module) -> dict[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -59,8 +60,12 @@ class RoutedModule(nn.Module):
             step: Optimizer step, not negative.
 
         Raises:
-            ValueError: `step` is negative.
+            TypeError: `step` is not an integer.
+            ValueError: `step` is not in [0, 2**31).
         """
+        step = operator.index(step)
+        if not 0 <= step < 2**31:
+            raise ValueError(f"step must be in [0, 2**31), got {step}.")
         self._set_host_step(step)
         self.step_count.fill_(step)
 
@@ -135,9 +140,12 @@ class RoutedModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        step = state_dict.get(f"{prefix}step_count")
-        if step is not None:  # cggr 0.5.0 saved no draws
-            state_dict.setdefault(f"{prefix}draw_count", step)
+        names = (f"{prefix}step_count", f"{prefix}draw_count")
+        if names[0] in state_dict:
+            # cggr 0.5.0 saved no draws, and int64; copies, since loading may assign them.
+            for name in names:
+                value = state_dict.get(name, state_dict[names[0]])
+                state_dict[name] = value.to(torch.int32, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.step_count.is_meta:
             self._set_host_step(int(self.step_count))

@@ -174,7 +174,12 @@ class CGGRScorer(RoutedModule):
             eligible = eligible if padding is None else ~padding
         else:
             targets = checked_targets(
-                targets, rows.shape[:2], n_classes, ignore_index, shifted=self.shifts_labels()
+                targets,
+                rows.shape[:2],
+                n_classes,
+                ignore_index,
+                name="labels",
+                shifted=self.shifts_labels(),
             )
             eligible = targets != ignore_index
         statistics = chunked_statistics(rows, project, n_classes, targets, ignore_index)

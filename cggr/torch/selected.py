@@ -206,6 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits *= row_grad * ctx.logit_scale
             if ctx.softcap is not None:
                 d_logits *= 1 - (logits / ctx.softcap) ** 2
+            d_logits.masked_fill_(row_grad == 0, 0)  # an ignored row may hold anything: 0 * NaN
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
