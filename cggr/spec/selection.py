@@ -8,6 +8,7 @@ same lines run under jit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -179,9 +180,7 @@ def _checked(difficulty: Any, eligible: Any, confidence: Any, xp: Any) -> tuple[
         )
     if not xp.isdtype(difficulty.dtype, "real floating"):
         raise TypeError(f"difficulty must be floating, got {difficulty.dtype}.")
-    size = 1
-    for n in difficulty.shape:
-        size *= n
+    size = math.prod(difficulty.shape)
     if size > MAX_TOKENS:
         raise ValueError(f"difficulty must have at most {MAX_TOKENS} tokens, got {size}.")
     if eligible is None:

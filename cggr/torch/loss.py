@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig, TokenStatistics
+from cggr.spec.schedule import ONE
 from cggr.torch.functional import (
     autocast_dtype,
     check_linear,
@@ -62,20 +63,23 @@ class _SelectiveLoss(RoutedModule):
         eligible = targets != config.ignore_index
         difficulty = token_difficulty(statistics, config.scoring, reference_nll=reference_nll)
         difficulty = difficulty.detach()
-        batch, length = targets.shape if targets.dim() == 2 else (1, targets.shape[0])
-        selection = select_tokens(
-            difficulty,
-            config,
-            step=self.step_count,
-            draw=self.next_draw(),
-            rank=process_rank(),
-            eligible=eligible,
-            confidence=statistics.confidence,
-            capacity=self.slots(batch, length),
-        )
+        draw = self.next_draw()
         if self.selects_all:
+            ratio = torch.full((1,), ONE, dtype=torch.int32, device=targets.device)
             rows = every_row(targets, n_classes, config.ignore_index)
         else:
+            batch, length = targets.shape if targets.dim() == 2 else (1, targets.shape[0])
+            selection = select_tokens(
+                difficulty,
+                config,
+                step=self.step_count,
+                draw=draw,
+                rank=process_rank(),
+                eligible=eligible,
+                confidence=statistics.confidence,
+                capacity=self.slots(batch, length),
+            )
+            ratio = selection.ratio
             rows = selected_rows(
                 selection,
                 targets,
@@ -85,7 +89,7 @@ class _SelectiveLoss(RoutedModule):
                 padded=self.capacity == "static" or config.scope == "sequence",
             )
         self.record(
-            ratio=selection.ratio,
+            ratio=ratio,
             tokens_selected=rows.n_selected,
             eligible=eligible,
             confidence=statistics.confidence,

@@ -157,16 +157,14 @@ class TruncatedRouter(nn.Module):
         self._truncated = (_truncated(base, path, cast(int, self.num_layers)),)
 
     def _part(self, path: str) -> Any:
-        value: Any = self.source
-        for name in path.split("."):
-            value = getattr(value, name, None)
-            if value is None:
-                raise ValueError(
-                    f"architecture={self.architecture!r} needs {type(self.source).__name__}.{path},"
-                    f" which the model does not have; architecture='passthrough' uses the whole "
-                    f"model."
-                )
-        return value
+        part = _part_of(self.source, path)
+        if part is None:
+            raise ValueError(
+                f"architecture={self.architecture!r} needs {type(self.source).__name__}.{path},"
+                f" which the model does not have; architecture='passthrough' uses the whole "
+                f"model."
+            )
+        return part
 
     def extra_repr(self) -> str:
         """Architecture and depth, for ``print(router)``."""
@@ -264,16 +262,18 @@ def detect_architecture(model: nn.Module) -> str:
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
         for name, layout in LAYOUTS.items():
             paths = (f"{layout.base}.{layout.layers}", layout.head)
-            if model_type in layout.model_types and all(_has(model, path) for path in paths):
+            parts = (_part_of(model, path) for path in paths)
+            if model_type in layout.model_types and all(part is not None for part in parts):
                 return name
     return "passthrough"
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    value: Any = model
+def _part_of(model: nn.Module, path: str) -> Any:
+    """What lies at an attribute path of the model, None if nothing does."""
+    part: Any = model
     for name in path.split("."):
-        value = getattr(value, name, None)
-    return value is not None
+        part = getattr(part, name, None)
+    return part
 
 
 def _warn_passthrough(model: nn.Module) -> None:
