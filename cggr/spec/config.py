@@ -171,6 +171,36 @@ class RoutingConfig:
         return min(slots, size)
 
 
+def given_config(config: RoutingConfig | None, options: dict[str, Any]) -> RoutingConfig:
+    """The options of a routed module, which were given as one config or as keywords.
+
+    Raises:
+        TypeError: Both were given, an option is unknown, or `config` is something else.
+    """
+    known = {field.name for field in dataclasses.fields(RoutingConfig)}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}.")
+    if config is None:
+        return RoutingConfig(**options)
+    if not isinstance(config, RoutingConfig):
+        raise TypeError(
+            f"config must be a RoutingConfig, got {config!r}; options are given by keyword."
+        )
+    if options:
+        raise TypeError(
+            f"give either config or options as keywords, got config and {', '.join(options)}."
+        )
+    return config
+
+
+def scoring_name(config: RoutingConfig) -> str:
+    """Name of the score, for metrics."""
+    if isinstance(config.scoring, str):
+        return config.scoring
+    return getattr(config.scoring, "__name__", type(config.scoring).__name__)
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)

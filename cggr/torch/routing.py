@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig
+from cggr.spec.config import given_config, scoring_name
 from cggr.spec.schedule import ONE, base_ratio
 
 
@@ -42,7 +43,7 @@ class RoutedModule(nn.Module):
         super().__init__()
         if capacity not in ("exact", "static"):
             raise ValueError(f"capacity must be 'exact' or 'static', got {capacity!r}.")
-        self.config = _config(config, options)
+        self.config = given_config(config, options)
         self.capacity = capacity
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int32))
         self.register_buffer("draw_count", torch.zeros((), dtype=torch.int32))
@@ -166,28 +167,3 @@ def process_rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return 0
-
-
-def scoring_name(config: RoutingConfig) -> str:
-    """Name of the score, for metrics."""
-    if isinstance(config.scoring, str):
-        return config.scoring
-    return getattr(config.scoring, "__name__", type(config.scoring).__name__)
-
-
-def _config(config: RoutingConfig | None, options: dict[str, Any]) -> RoutingConfig:
-    known = {field.name for field in dataclasses.fields(RoutingConfig)}
-    for name in options:
-        if name not in known:
-            raise TypeError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}.")
-    if config is None:
-        return RoutingConfig(**options)
-    if not isinstance(config, RoutingConfig):
-        raise TypeError(
-            f"config must be a RoutingConfig, got {config!r}; options are given by keyword."
-        )
-    if options:
-        raise TypeError(
-            f"give either config or options as keywords, got config and {', '.join(options)}."
-        )
-    return config

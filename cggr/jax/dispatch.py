@@ -1,0 +1,69 @@
+"""Which code computes the two operations on rows of logits that are worth a kernel.
+
+XLA runs everywhere. ``CGGR_IMPLEMENTATION`` names an implementation, which then runs or raises:
+there is no silent fallback. It is read when a function is traced.
+
+Shapes: leading dimensions ``...``; ``R`` rows, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from cggr import spec
+from cggr.jax import cross_entropy
+from cggr.spec import TokenStatistics
+
+
+class Implementation(NamedTuple):
+    """The operations, each with its gradient where it has one.
+
+    Attributes:
+        token_statistics: ``(logits (..., V), targets (...) or None, ignore_index)``, no gradient.
+        weighted_nll_sum: ``(logits (R, V), labels (R,), weights (R,))`` to a scalar,
+            differentiable in the logits.
+    """
+
+    token_statistics: Callable[[Array, Array | None, int], TokenStatistics]
+    weighted_nll_sum: Callable[[Array, Array, Array], Array]
+
+
+def _xla_token_statistics(
+    logits: Array, targets: Array | None, ignore_index: int
+) -> TokenStatistics:
+    return spec.token_statistics(logits, targets, ignore_index=ignore_index, xp=jnp)
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_xla_token_statistics, cross_entropy.weighted_nll_sum),
+}
+
+
+def implementation() -> Implementation:
+    """The implementation that ``CGGR_IMPLEMENTATION`` names, else the default.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    name = os.environ.get("CGGR_IMPLEMENTATION", "xla")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"CGGR_IMPLEMENTATION must be one of {', '.join(map(repr, IMPLEMENTATIONS))} "
+            f"in cggr.jax, got {name!r}."
+        )
+    return IMPLEMENTATIONS[name]
+
+
+def token_statistics(logits: Array, targets: Array | None, ignore_index: int) -> TokenStatistics:
+    """Statistics of every row, without gradient."""
+    return implementation().token_statistics(logits, targets, ignore_index)
+
+
+def weighted_nll_sum(logits_RV: Array, label_R: Array, weight_R: Array) -> Array:
+    """``Σ w nll`` of the rows, with its gradient to the logits."""
+    return implementation().weighted_nll_sum(logits_RV, label_R, weight_R)

@@ -1,0 +1,267 @@
+"""A model wrapper whose training step runs the backward pass on what is worth learning from.
+
+Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from cggr.jax import dispatch
+from cggr.jax.functional import aligned_targets, checked_logits, checked_targets
+from cggr.jax.router import TruncatedRouter, logits_of
+from cggr.jax.routing import RoutedModule, selection_metrics
+from cggr.jax.scorer import checked_module, checked_shift, score, with_mask
+from cggr.jax.selected import SelectedRows, every_row, reduce_loss
+from cggr.spec import RoutingConfig
+from cggr.spec.schedule import token_ratio
+from cggr.spec.selection import select_at_ratio
+
+logger = logging.getLogger(__name__)
+
+
+class CGGRModel(RoutedModule):
+    """Train a model on the part of every batch that is worth it.
+
+    ``split="sequence"``: a router scores every token without gradient, the configured rule selects
+    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those.
+    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss;
+    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole.
+
+    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
+    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+
+    Args:
+        model: An nnx module ``(input_ids, ...) -> logits`` (an array, a tuple that starts with
+            them, or an output with ``.logits``).
+        router: What scores, such as ``create_truncated_router(model)``; the model itself when
+            None, at the price of a full forward. It scores without gradient and dropout.
+        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
+        split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
+        shift_labels: True if position t predicts label t + 1 (causal models), False if label t
+            (masked language models).
+        sharding: Sharding of the selected sequences under jit on a mesh of several devices, such
+            as that of the batch. The selection gathers from all of them; without this the compiler
+            may compute the selected sequences on each.
+        **options: Fields of :class:`RoutingConfig`.
+
+    Raises:
+        TypeError: The model or the router is no nnx module.
+        ValueError: An option is out of range, or the split cannot be had.
+
+    Example:
+        >>> model = nnx.Embed(50, 50, rngs=nnx.Rngs(0))  # any model from ids to logits
+        >>> cggr_model = CGGRModel(model, selection="stratified", warmup_steps=0)
+        >>> input_ids = jnp.arange(40).reshape(8, 5)
+        >>> def loss_fn(cggr_model):
+        ...     return cggr_model(input_ids, labels=input_ids)
+        >>> loss, gradient = nnx.value_and_grad(loss_fn)(cggr_model)
+        >>> cggr_model.step()  # after optimizer.update(), outside jit
+        >>> cggr_model.get_metrics()["tokens_total"]
+        32
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        router: nnx.Module | None = None,
+        config: RoutingConfig | None = None,
+        *,
+        split: str = "auto",
+        shift_labels: bool = True,
+        sharding: jax.sharding.Sharding | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, **options)
+        if split not in ("auto", "sequence", "token"):
+            raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
+        if split == "token":
+            raise ValueError("split='token' is not in this version of cggr; use 'sequence'.")
+        if split == "auto":
+            logger.info("split='auto': training on whole sequences (split='sequence').")
+        self.split = "sequence"
+        self.model = checked_module("model", model)
+        self.shift_labels = checked_shift(shift_labels)
+        self.sharding = sharding
+        # A router cut from the model is kept as the way to cut it, so that the model is here once.
+        cut = isinstance(router, TruncatedRouter) and router.source is model
+        self.truncation = router.truncation if cut else None
+        self.router = None if cut or router is None else checked_module("router", router)
+        # Sequences are kept whole, so there is no floor of tokens in each of them.
+        aware = self.config.selection == "sequence_aware"
+        self._rule = dataclasses.replace(self.config, selection="topk") if aware else self.config
+
+    def scores(self) -> bool:
+        """Whether anything is scored: the random control needs no score and pays for none."""
+        return self.config.selection != "random" or self.config.adaptive
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        attention_mask: ArrayLike | None = None,
+        rank: int | Array = 0,
+        reference_nll: ArrayLike | None = None,
+        num_items_in_batch: int | Array | None = None,
+        **model_inputs: Any,
+    ) -> Any:
+        """The routed loss of a batch, its dense loss after ``eval()``.
+
+        Args:
+            input_ids: ``(B, S)`` integers.
+            labels: ``(B, S)``, Hugging Face style: unshifted for causal models, with
+                `ignore_index` where there is nothing to learn. Without labels the model's own
+                output is returned.
+            attention_mask: ``(B, S)``, 0 on padding, which is neither scored nor trained on; a
+                mask of another rank reaches the model and nothing else.
+            rank: Number of the shard inside shard_map, ``jax.lax.axis_index("data")``.
+            reference_nll: ``(B, S)``, for ``scoring="excess_loss"``: at each position, the
+                reference loss of the target that the position predicts.
+            num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
+                loss becomes ``mean n_eligible / M``.
+            **model_inputs: Passed to router and model, None included (positions, cache, ...).
+                Arrays of two or more dimensions whose first is B are taken to belong to the
+                sequences and follow the selection.
+
+        Returns:
+            Scalar loss, float32 (float64 for float64 logits); 0 when nothing is eligible. Without
+            labels, the model's output.
+
+        Raises:
+            TypeError: Labels are not integers, or the model returned no logits.
+            ValueError: Shapes disagree, or, on the CPU outside jit, a label is out of range
+                (elsewhere such a label makes the loss NaN).
+        """
+        model_inputs = with_mask(model_inputs, attention_mask)
+        if labels is None:
+            return self.model(input_ids, **model_inputs)
+        targets = aligned_targets(
+            labels, attention_mask, shift=self.shift_labels, ignore_index=self.config.ignore_index
+        )
+        eligible = targets != self.config.ignore_index
+        n_eligible = jnp.sum(eligible, dtype=jnp.int32)
+        inputs = model_inputs | {"input_ids": jnp.asarray(input_ids)}
+        if self.deterministic:
+            total, rows = self._loss_sum(inputs, targets, None, "labels")
+        else:
+            inputs, targets, weight_C = self._select(inputs, targets, eligible, rank, reference_nll)
+            total, rows = self._loss_sum(
+                inputs, targets, weight_C, "labels of the selected sequences"
+            )
+        return reduce_loss(total, rows, n_eligible, "mean", num_items_in_batch)[0]
+
+    def _select(
+        self,
+        inputs: dict[str, Any],
+        targets: Array,
+        eligible: Array,
+        rank: int | Array,
+        reference_nll: ArrayLike | None,
+    ) -> tuple[dict[str, Any], Array, Array | None]:
+        """Inputs, targets and weights of the sequences to train on."""
+        mean_difficulty_B, scored = self._score(inputs, targets, eligible, reference_nll)
+        config, batch = self.config, targets.shape[0]
+        step = self.step_count[...].reshape(1)
+        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=jnp)
+        capacity = self.slots((batch,), self._rule)
+        selection = select_at_ratio(
+            mean_difficulty_B,
+            self._rule,
+            ratio,
+            draw=self.next_draw(),
+            rank=rank,
+            eligible=jnp.any(eligible, axis=1),
+            capacity=capacity,
+            xp=jnp,
+        )
+        # Unused slots repeat the last sequence, with nothing in it to learn.
+        index_C, weight_C = selection.indices, selection.weights
+        inputs = {
+            name: self._take(value, index_C) if _follows(value, batch) else value
+            for name, value in inputs.items()
+        }
+        targets = self._take(targets, index_C)
+        targets = jnp.where(index_C[:, None] < batch, targets, config.ignore_index)
+        self.record(
+            selection_metrics(
+                step=step,
+                ratio=ratio,
+                tokens_selected=jnp.sum(targets != config.ignore_index, dtype=jnp.int32),
+                eligible=eligible,
+                **scored,
+            )
+        )
+        return inputs, targets, weight_C if config.selection == "importance" else None
+
+    def _score(
+        self,
+        inputs: dict[str, Any],
+        targets: Array,
+        eligible: Array,
+        reference_nll: ArrayLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Mean difficulty of every sequence, and the ``(B, S)`` scores it was made from."""
+        if not self.scores():
+            return jnp.zeros_like(targets, shape=targets.shape[:1], dtype=jnp.float32), {}
+        router = self.model if self.router is None else self.router
+        if self.truncation is not None:
+            router = self.truncation(self.model)
+        inputs = dict(inputs)
+        scores = score(
+            router,
+            targets,
+            self.config,
+            inputs.pop("input_ids"),
+            inputs,
+            reference_nll=reference_nll,
+            shifted=self.shift_labels,
+        )
+        length_B = jnp.maximum(jnp.sum(eligible, axis=1), 1)
+        mean_B = jnp.sum(scores.difficulty, axis=1) / length_B
+        return mean_B, {
+            "confidence": scores.statistics.confidence,
+            "entropy": scores.statistics.entropy,
+            "difficulty": scores.difficulty,
+        }
+
+    def _take(self, x: Array, index_C: Array) -> Array:
+        taken = jnp.take(x, index_C, axis=0, mode="clip")
+        if self.sharding is None:
+            return taken
+        return jax.lax.with_sharding_constraint(taken, self.sharding)
+
+    def _loss_sum(
+        self, inputs: dict[str, Any], targets: Array, weight_C: Array | None, name: str
+    ) -> tuple[Array, SelectedRows]:
+        """``Σ w nll`` of the model on these sequences."""
+        inputs = dict(inputs)
+        logits = checked_logits(logits_of(self.model(inputs.pop("input_ids"), **inputs)))
+        n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
+        targets = checked_targets(
+            targets,
+            logits.shape[:-1],
+            n_classes,
+            ignore_index,
+            name=name,
+            shifted=self.shift_labels,
+        )
+        rows = every_row(targets, ignore_index)
+        if weight_C is not None:
+            weight_R = rows.weight_R * jnp.repeat(weight_C, targets.shape[1])
+            rows = rows._replace(weight_R=weight_R, weighted=True)
+        logits_RV = rows.take(logits)
+        return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
+
+
+def _follows(value: Any, batch: int) -> bool:
+    """Whether a model's input belongs to the sequences of the batch."""
+    return getattr(value, "ndim", 0) >= 2 and value.shape[0] == batch

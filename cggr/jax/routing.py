@@ -1,0 +1,203 @@
+"""What every routed nnx module shares: options, step and draw counters, capacity, metrics."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from cggr.spec import RoutingConfig
+from cggr.spec.config import given_config, scoring_name
+from cggr.spec.schedule import ONE
+
+
+class RoutingState(nnx.Variable):
+    """A counter of the schedule; saved and restored with the module."""
+
+
+class RoutingMetrics(nnx.Variable):
+    """Scalars of the last training forward."""
+
+
+class _HostStep(NamedTuple):
+    """What the host believes of a module's step, and what proves it right or wrong.
+
+    Attributes:
+        step: The step, by the host's own count.
+        witness: A step count of the device that need not be computed yet.
+        expected: The step that `witness` is when the host is right.
+    """
+
+    step: int
+    witness: Array
+    expected: int
+
+
+# Beside the modules, not in them: nnx compiles anew for every value of a module's plain attributes.
+_host_steps: weakref.WeakKeyDictionary[Any, _HostStep] = weakref.WeakKeyDictionary()
+
+
+class RoutedModule(nnx.Module):
+    """Holds the routing options and the state of the schedule.
+
+    The step counts optimizer steps, the draw counts training forwards; both are nnx Variables, so
+    they are saved and restored with the module, and a resumed run repeats its masks. The host
+    keeps its own count of the steps, from which it knows the static capacity without asking the
+    device: over a run it takes at most four values, so ``nnx.jit`` compiles a training step at
+    most four times. A capacity that is out of date never biases a result: the selection is
+    smaller than the schedule asks for.
+
+    Args:
+        config: The routing options; or give them as keywords.
+        **options: Fields of :class:`RoutingConfig`, by keyword.
+
+    Attributes:
+        deterministic: No selection, the dense loss; set by nnx's ``eval()`` and ``train()``.
+        capacity_ratio: Static bound on the ratio, in units of ``2**-14``.
+    """
+
+    def __init__(self, config: RoutingConfig | None = None, **options: Any) -> None:
+        self.config = given_config(config, options)
+        self.deterministic = False
+        self.capacity_ratio = self.config.capacity_ratio(0)
+        self.step_count = RoutingState(jnp.zeros((), jnp.int32))
+        self.draw_count = RoutingState(jnp.zeros((), jnp.int32))
+        # Of the form that a forward leaves, since nnx compiles anew for another. No forward yet.
+        blank = {name: jnp.zeros((), dtype) for name, dtype in self._metric_dtypes().items()}
+        self.last_metrics = RoutingMetrics(blank | {"step": jnp.full((), -1, jnp.int32)})
+
+    def step(self) -> None:
+        """Advance the schedule; call it after every optimizer update, outside jit.
+
+        The device advances by itself; the host does not wait for it, except in the first call. A
+        step count that was restored from a checkpoint is noticed a few calls later at the latest;
+        ``set_step()`` after restoring makes it known at once.
+
+        Raises:
+            RuntimeError: Called inside jit, where the host cannot choose the next capacity.
+        """
+        count = self.step_count[...]
+        if isinstance(count, jax.core.Tracer):
+            raise RuntimeError(
+                "step() chooses the capacity of the next compiled step on the host: call it "
+                "outside jit, after the training step."
+            )
+        count = _plus_one(count)
+        self.step_count.set_value(count)
+        known = _host_steps.get(self)
+        if known is None:
+            self._believe(_value(count), count)
+        elif not known.witness.is_ready():
+            self._believe(known.step + 1, known.witness, known.expected)
+        elif _value(known.witness) == known.expected:
+            self._believe(known.step + 1, count)
+        else:  # a restored count
+            self._believe(_value(count), count)
+
+    def set_step(self, step: int | None = None) -> None:
+        """Go to a step of the schedule; or say that `step_count` was restored.
+
+        Args:
+            step: Optimizer step, not negative. None takes what `step_count` holds, which waits
+                for the device.
+
+        Raises:
+            TypeError: `step` is not an integer.
+            ValueError: `step` is not in [0, 2**31).
+        """
+        count = self.step_count[...]
+        if step is None:
+            self._believe(_value(count), count)
+            return
+        ratio = self.config.capacity_ratio(step)  # refuses what is no step
+        if step >= 2**31:
+            raise ValueError(f"step must be in [0, 2**31), got {step}.")
+        count = jax.device_put(np.int32(step), count.sharding)
+        self.step_count.set_value(count)
+        self.capacity_ratio = ratio
+        _host_steps[self] = _HostStep(int(step), count, int(step))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Same as :meth:`get_metrics`."""
+        return self.get_metrics()
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Numbers of the last training forward; reading them waits for the device.
+
+        Returns:
+            step, token_ratio (asked for), tokens_selected, tokens_total (eligible tokens),
+            avg_confidence, avg_entropy, avg_difficulty (means over eligible tokens), selection and
+            scoring. Empty before the first training forward. Averages are absent when nothing was
+            scored.
+        """
+        values = jax.device_get(self.last_metrics.get_value())
+        if values["step"] < 0:
+            return {}
+        numbers = {name: value.item() for name, value in values.items()}
+        names = {"selection": self.config.selection, "scoring": scoring_name(self.config)}
+        return numbers | names
+
+    def slots(self, shape: tuple[int, ...], config: RoutingConfig | None = None) -> int:
+        """Capacity for a selection over ``(B, S)`` or ``(N,)`` tokens."""
+        batch, length = shape if len(shape) == 2 else (1, *shape)
+        return (config or self.config).capacity_at(self.capacity_ratio, batch, length)
+
+    def next_draw(self) -> Array:
+        """Number of this training forward; the counter moves on."""
+        draw = self.draw_count[...]
+        self.draw_count[...] = draw + 1
+        return draw
+
+    def record(self, metrics: dict[str, Array]) -> None:
+        """Keep the metrics on the device until somebody asks."""
+        self.last_metrics.set_value(
+            {name: metrics[name].astype(dtype) for name, dtype in self._metric_dtypes().items()}
+        )
+
+    def scores(self) -> bool:
+        """Whether anything is scored, of which there are averages."""
+        return True
+
+    def _metric_dtypes(self) -> dict[str, Any]:
+        counts = ("step", "tokens_selected", "tokens_total")
+        averages = ("avg_confidence", "avg_entropy", "avg_difficulty") if self.scores() else ()
+        return dict.fromkeys(counts, jnp.int32) | dict.fromkeys(
+            ("token_ratio", *averages), jnp.float32
+        )
+
+    def _believe(self, step: int, witness: Array, expected: int | None = None) -> None:
+        self.capacity_ratio = self.config.capacity_ratio(step)
+        _host_steps[self] = _HostStep(step, witness, step if expected is None else expected)
+
+
+def selection_metrics(
+    *, step: int | Array, ratio: Array, tokens_selected: Array, eligible: Array, **scored: Array
+) -> dict[str, Array]:
+    """Metrics on the device; `scored` are ``(B, S)`` or none."""
+    total = jnp.sum(eligible, dtype=jnp.int32)
+    averages = {
+        f"avg_{name}": jnp.sum(jnp.where(eligible, value, 0)) / jnp.maximum(total, 1)
+        for name, value in scored.items()
+    }
+    return {
+        "step": jnp.asarray(step, jnp.int32).reshape(()),
+        "token_ratio": ratio[0].astype(jnp.float32) / ONE,
+        "tokens_selected": tokens_selected,
+        "tokens_total": total,
+        **averages,
+    }
+
+
+@jax.jit
+def _plus_one(count: Array) -> Array:
+    return count + 1  # compiled, so that the 1 is not sent to the device in every call
+
+
+def _value(count: Array) -> int:
+    return int(jax.device_get(count))
