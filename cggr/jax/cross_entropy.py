@@ -8,14 +8,13 @@ Shapes: ``R`` rows, ``D`` hidden size, ``V`` classes; inside a loop ``R`` are th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cggr.jax.chunks import join_rows, n_chunks, split_rows
+from cggr.jax.chunks import scan_row_chunks
 
 
 @jax.custom_vjp
@@ -117,7 +116,7 @@ def _linear_forward(head: _Head, *arrays: Any) -> tuple[Array, Any]:
 
     zero = jnp.zeros_like(_accurate(hidden_RD), shape=())
     rows = (hidden_RD, label_R, weight_R)
-    return _scan_rows(add, zero, rows, weight_VD.shape[0])[0], arrays
+    return scan_row_chunks(add, zero, rows, weight_VD.shape[0])[0], arrays
 
 
 def _linear_backward(head: _Head, arrays: Any, grad: Array) -> tuple[Any, ...]:
@@ -142,24 +141,12 @@ def _linear_backward(head: _Head, arrays: Any, grad: Array) -> tuple[Any, ...]:
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(_accurate(x)), (weight_VD, bias_V))
     rows = (hidden_RD, label_R, weight_R)
-    (d_weight, d_bias), d_hidden = _scan_rows(add, zeros, rows, weight_VD.shape[0])
+    (d_weight, d_bias), d_hidden = scan_row_chunks(add, zeros, rows, weight_VD.shape[0])
     d_bias = None if bias_V is None else d_bias.astype(bias_V.dtype)
     return d_hidden, d_weight.astype(weight_VD.dtype), d_bias, None, None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-def _scan_rows(
-    function: Callable[[Any, Any], Any], start: Any, rows_R: Any, n_classes: int
-) -> tuple[Any, Any]:
-    """``jax.lax.scan`` over chunks of rows; what it gives for the rows is joined again."""
-    n_rows = rows_R[0].shape[0]
-    chunks = n_chunks(n_rows, n_classes)
-    if chunks == 1:
-        return function(start, rows_R)
-    total, per_row = jax.lax.scan(function, start, split_rows(rows_R, chunks))
-    return total, join_rows(per_row, n_rows)
 
 
 def _alike(*arrays: Any) -> list[Any]:

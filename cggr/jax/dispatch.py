@@ -12,11 +12,13 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from cggr import spec
 from cggr.jax import cross_entropy
+from cggr.jax.chunks import map_row_chunks
 from cggr.spec import TokenStatistics
 
 
@@ -36,7 +38,15 @@ class Implementation(NamedTuple):
 def _xla_token_statistics(
     logits: Array, targets: Array | None, ignore_index: int
 ) -> TokenStatistics:
-    return spec.token_statistics(logits, targets, ignore_index=ignore_index, xp=jnp)
+    def statistics(rows: tuple[Array, Array | None]) -> TokenStatistics:
+        logits_RV, targets_R = rows
+        return spec.token_statistics(logits_RV, targets_R, ignore_index=ignore_index, xp=jnp)
+
+    # XLA keeps several float32 arrays of the logits' shape: never for all rows at once.
+    n_classes = logits.shape[-1]
+    rows_N = (logits.reshape(-1, n_classes), None if targets is None else targets.reshape(-1))
+    columns_N = map_row_chunks(statistics, rows_N, n_classes)
+    return jax.tree.map(lambda x: x.reshape(logits.shape[:-1]), columns_N)
 
 
 IMPLEMENTATIONS = {

@@ -139,7 +139,7 @@ class RoutedModule(nnx.Module):
         values = jax.device_get(self.last_metrics.get_value())
         if values["step"] < 0:
             return {}
-        numbers = {name: value.item() for name, value in values.items()}
+        numbers = {name: values[name].item() for name in self._metric_dtypes()}
         names = {"selection": self.config.selection, "scoring": scoring_name(self.config)}
         return numbers | names
 
