@@ -67,9 +67,8 @@ def map_row_chunks(function: Callable[[Any], Any], rows_N: Any, n_classes: int) 
 
 
 def _n_chunks(n_rows: int, n_classes: int) -> int:
-    """As few chunks as keep each within ``MAX_LOGITS`` logits, but a divisor of the rows if one is
-    near: else all of them are copied to pad them.
-    """
+    # As few as keep each within the limit, but a divisor of the rows if one is near: else all of
+    # the rows are copied to pad them.
     needed = min(max(-(-n_rows * n_classes // MAX_LOGITS), 1), max(n_rows, 1))
     near = range(needed, min(4 * needed, n_rows) + 1)
     return next((chunks for chunks in near if n_rows % chunks == 0), needed)

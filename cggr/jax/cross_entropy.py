@@ -156,7 +156,9 @@ def _alike(*arrays: Any) -> list[Any]:
     the gradient of a weight that is the same on every shard.
     """
     leaves, tree = jax.tree.flatten(arrays)
-    zero = sum(jnp.zeros_like(x, shape=(), dtype=jnp.int8) for x in leaves)
+    zero = jnp.zeros((), jnp.int8)
+    for x in leaves:
+        zero = zero + jnp.zeros_like(x, shape=(), dtype=jnp.int8)
     return jax.tree.unflatten(tree, [x + zero.astype(x.dtype) for x in leaves])
 
 

@@ -312,13 +312,12 @@ class CGGRLinearLoss(_SelectiveLoss):
         Returns:
             Scalar, float32 (float64 for float64 inputs).
         """
-        head = {"logit_scale": self.logit_scale, "softcap": self.softcap}
         if self.deterministic:
             hidden, weight, bias, targets = _checked_head(
                 hidden, weight, bias, targets, self.config, self.softcap
             )
             rows = every_row(targets, self.config.ignore_index)
-            total = _linear_sum(hidden, weight, bias, rows, **head)
+            total = _linear_sum(hidden, weight, bias, rows, self.logit_scale, self.softcap)
             return reduce_loss(total, rows, rows.n_selected, self.reduction, num_items_in_batch)[0]
         loss, metrics = cggr_linear_loss(
             hidden,
@@ -330,10 +329,11 @@ class CGGRLinearLoss(_SelectiveLoss):
             rank=rank,
             capacity=self.slots(jnp.shape(targets)),
             bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
             reference_nll=reference_nll,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
-            **head,
         )
         self.record(metrics)
         return loss

@@ -92,9 +92,10 @@ class CGGRModel(RoutedModule):
         self.shift_labels = checked_shift(shift_labels)
         self.sharding = sharding
         # A router cut from the model is kept as the way to cut it, so that the model is here once.
-        cut = isinstance(router, TruncatedRouter) and router.source is model
-        self.truncation = router.truncation if cut else None
-        self.router = None if cut or router is None else checked_module("router", router)
+        self.truncation = None
+        if isinstance(router, TruncatedRouter) and router.source is model:
+            self.truncation, router = router.truncation, None
+        self.router = None if router is None else checked_module("router", router)
         # Sequences are kept whole, so there is no floor of tokens in each of them.
         aware = self.config.selection == "sequence_aware"
         self._rule = dataclasses.replace(self.config, selection="topk") if aware else self.config

@@ -6,7 +6,6 @@ A router shares the model's Variables and owns none: nothing is saved or optimis
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, TypeVar
 
 import jax
@@ -133,9 +132,9 @@ def _is_list_of_blocks(value: Any) -> bool:
 
 
 def _blocks(model: nnx.Module, path: str) -> Any:
-    blocks: Any = functools.reduce(
-        lambda part, name: getattr(part, name, None), path.split("."), model
-    )
+    blocks: Any = model
+    for name in path.split("."):
+        blocks = getattr(blocks, name, None)
     if not _is_list_of_blocks(blocks):
         raise ValueError(
             f"layers must be the attribute path of a list of blocks of {type(model).__name__}, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,9 @@ class RoutingMetrics(nnx.Variable):
     """Scalars of the last training forward."""
 
 
-class _HostStep(NamedTuple):
-    """What the host believes of a module's step, and what proves it right or wrong.
-
-    Attributes:
-        step: The step, by the host's own count.
-        witness: A step count of the device that need not be computed yet.
-        expected: The step that `witness` is when the host is right.
-    """
-
-    step: int
-    witness: Array
-    expected: int
-
-
-# Beside the modules, not in them: nnx compiles anew for every value of a module's plain attributes.
-_host_steps: weakref.WeakKeyDictionary[Any, _HostStep] = weakref.WeakKeyDictionary()
+# What the host knows of the modules' steps. Beside the modules, not in them: nnx compiles anew for
+# every value of a module's plain attributes.
+_host_steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class RoutedModule(nnx.Module):
@@ -74,9 +62,8 @@ class RoutedModule(nnx.Module):
     def step(self) -> None:
         """Advance the schedule; call it after every optimizer update, outside jit.
 
-        The device advances by itself; the host does not wait for it, except in the first call. A
-        step count that was restored from a checkpoint is noticed a few calls later at the latest;
-        ``set_step()`` after restoring makes it known at once.
+        The first call waits for the device to learn its step; later ones do not wait. After
+        restoring a checkpoint into a module that has stepped before, call ``set_step()``.
 
         Raises:
             RuntimeError: Called inside jit, where the host cannot choose the next capacity.
@@ -90,14 +77,7 @@ class RoutedModule(nnx.Module):
         count = _plus_one(count)
         self.step_count.set_value(count)
         known = _host_steps.get(self)
-        if known is None:
-            self._believe(_value(count), count)
-        elif not known.witness.is_ready():
-            self._believe(known.step + 1, known.witness, known.expected)
-        elif _value(known.witness) == known.expected:
-            self._believe(known.step + 1, count)
-        else:  # a restored count
-            self._believe(_value(count), count)
+        self._set_host_step(_on_host(count) if known is None else known + 1)
 
     def set_step(self, step: int | None = None) -> None:
         """Go to a step of the schedule; or say that `step_count` was restored.
@@ -112,15 +92,13 @@ class RoutedModule(nnx.Module):
         """
         count = self.step_count[...]
         if step is None:
-            self._believe(_value(count), count)
+            self._set_host_step(_on_host(count))
             return
-        ratio = self.config.capacity_ratio(step)  # refuses what is no step
-        if step >= 2**31:
+        step = operator.index(step)
+        if not 0 <= step < 2**31:
             raise ValueError(f"step must be in [0, 2**31), got {step}.")
-        count = jax.device_put(np.int32(step), count.sharding)
-        self.step_count.set_value(count)
-        self.capacity_ratio = ratio
-        _host_steps[self] = _HostStep(int(step), count, int(step))
+        self.step_count.set_value(jax.device_put(np.int32(step), count.sharding))
+        self._set_host_step(step)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -139,6 +117,8 @@ class RoutedModule(nnx.Module):
         values = jax.device_get(self.last_metrics.get_value())
         if values["step"] < 0:
             return {}
+        if _host_steps.get(self) not in (None, values["step"], values["step"] + 1):
+            self.set_step()  # a restored count that nobody told us of
         numbers = {name: values[name].item() for name in self._metric_dtypes()}
         names = {"selection": self.config.selection, "scoring": scoring_name(self.config)}
         return numbers | names
@@ -171,9 +151,9 @@ class RoutedModule(nnx.Module):
             ("token_ratio", *averages), jnp.float32
         )
 
-    def _believe(self, step: int, witness: Array, expected: int | None = None) -> None:
+    def _set_host_step(self, step: int) -> None:
+        _host_steps[self] = step
         self.capacity_ratio = self.config.capacity_ratio(step)
-        _host_steps[self] = _HostStep(step, witness, step if expected is None else expected)
 
 
 def selection_metrics(
@@ -199,5 +179,5 @@ def _plus_one(count: Array) -> Array:
     return count + 1  # compiled, so that the 1 is not sent to the device in every call
 
 
-def _value(count: Array) -> int:
+def _on_host(count: Array) -> int:
     return int(jax.device_get(count))
