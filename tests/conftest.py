@@ -15,6 +15,9 @@ settings.load_profile("cggr")
 # The tensors are tiny. Threads that wait for each other on a busy machine made the suite ten times
 # slower; set before torch is imported, this holds for subprocesses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Eight devices out of one CPU, for the tests of sharding; read when JAX starts.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
 
 def pytest_configure(config):
@@ -66,3 +69,19 @@ def chunks_of(monkeypatch):
         monkeypatch.setattr(functional, "_CPU_CACHE", (cached_rows or rows) * classes)
 
     return set_rows
+
+
+@pytest.fixture
+def compilations():
+    """Collects what JAX compiles for the rest of the test: a list that grows by one each time."""
+    import jax
+
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
