@@ -1,7 +1,7 @@
 """Confidence-Gated Gradient Routing: spend the backward pass on the tokens worth learning from.
 
-PyTorch users import :mod:`cggr.torch`. The frontend for Flax, ``cggr.jax``, is yet to come. This
-package imports no framework.
+PyTorch users import :mod:`cggr.torch`, JAX and Flax users :mod:`cggr.jax`. This package imports no
+framework.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -15,7 +15,11 @@ settings.load_profile("cggr")
 # The tensors are tiny. Threads that wait for each other on a busy machine made the suite ten times
 # slower; set before torch is imported, this holds for subprocesses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Eight devices out of one CPU, for the tests of sharding; read when JAX starts.
+# JAX on a GPU: arithmetic in float32, where it would take TF32, and memory as it is needed, since
+# several workers share the card. Read when JAX starts, like the next.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Eight devices out of one CPU, for the tests of sharding.
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 

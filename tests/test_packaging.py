@@ -112,6 +112,25 @@ def test_the_import_of_the_torch_frontend_changes_no_global_setting(site, tmp_pa
     assert run(code, cwd=tmp_path, path=site) == (0, "True", "")
 
 
+def test_the_import_of_the_jax_frontend_loads_no_torch(site, tmp_path):
+    code = (
+        "import cggr.jax, sys; "
+        "print(sorted({'torch', 'jax', 'flax', 'triton', 'jax_triton'} & set(sys.modules)))"
+    )
+    assert run(code, cwd=tmp_path, path=site) == (0, "['flax', 'jax']", "")
+
+
+def test_the_import_of_the_jax_frontend_changes_no_global_setting(site, tmp_path):
+    code = (
+        "import jax, flax, os\n"
+        "def settings(): return (dict(jax.config.values), dict(os.environ))\n"
+        "before = settings()\n"
+        "import cggr.jax\n"
+        "print(before == settings())"
+    )
+    assert run(code, cwd=tmp_path, path=site) == (0, "True", "")
+
+
 def test_frontend_names_are_pointed_to_their_frontends(site, tmp_path):
     status, _, error = run("from cggr import CGGRLoss", cwd=tmp_path, path=site)
     assert status == 1
