@@ -59,7 +59,9 @@ def test_a_resumed_run_repeats_its_losses(tmp_path):
     model.set_step()
     assert model.capacity_ratio == model.config.capacity_ratio(7)
     assert int(model.draw_count[...]) == 7
-    assert train(model, optimizer, range(7, 12)) == expected
+    # On a GPU, XLA adds the gradient of an embedding in any order.
+    tolerance = 0 if jax.default_backend() == "cpu" else 1e-5
+    assert train(model, optimizer, range(7, 12)) == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_counters_are_variables_of_their_own_kind():
