@@ -90,12 +90,16 @@ def linear_logits(
     softcap: float | None = None,
 ) -> Array:
     """``softcap tanh(logit_scale (hidden weight^T + bias) / softcap)``, ``(..., V)``."""
-    logits = jnp.einsum("...d,vd->...v", hidden, weight)
+    # In float32 until the end, so that a low precision rounds once.
+    dtype = _accurate_dtype(hidden)
+    logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias
     if logit_scale != 1.0:
         logits = logits * logit_scale
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return logits.astype(hidden.dtype)
 
 
 _Head = tuple[float, float | None]  # logit_scale and softcap, static
@@ -114,7 +118,7 @@ def _linear_forward(head: _Head, *arrays: Any) -> tuple[Array, Any]:
         logits = linear_logits(hidden, weight_VD, bias_V, *head)
         return total + _forward(logits, label, weight)[0], None
 
-    zero = jnp.zeros_like(_accurate(hidden_RD), shape=())
+    zero = jnp.zeros_like(hidden_RD, shape=(), dtype=_accurate_dtype(hidden_RD))
     rows = (hidden_RD, label_R, weight_R)
     return scan_row_chunks(add, zero, rows, weight_VD.shape[0])[0], arrays
 
@@ -139,7 +143,7 @@ def _linear_backward(head: _Head, arrays: Any, grad: Array) -> tuple[Any, ...]:
         )
         return (d_weight, d_bias), jnp.einsum("rv,vd->rd", d_logits, weight_VD)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(_accurate(x)), (weight_VD, bias_V))
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_accurate_dtype(x)), (weight_VD, bias_V))
     rows = (hidden_RD, label_R, weight_R)
     (d_weight, d_bias), d_hidden = scan_row_chunks(add, zeros, rows, weight_VD.shape[0])
     d_bias = None if bias_V is None else d_bias.astype(bias_V.dtype)
@@ -163,4 +167,8 @@ def _alike(*arrays: Any) -> list[Any]:
 
 
 def _accurate(x: Array) -> Array:
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(_accurate_dtype(x))
+
+
+def _accurate_dtype(x: Array) -> Any:
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
