@@ -204,6 +204,14 @@ def test_a_model_on_a_sharded_batch(selection, placed):
     assert_close(result, expected)
 
 
+def test_a_capacity_that_the_devices_do_not_divide():
+    on, ids = mesh(), token_batch(batch=40)  # a quarter are 10 sequences, spread over 8 devices
+    model = make_model("importance", NamedSharding(on, P("data")))
+    nnx.update(model, spread(nnx.state(model), P(), on))
+    result = gradient_of(model, spread(ids, P("data"), on))
+    assert_close(result, gradient_of(make_model("importance"), ids))
+
+
 def test_the_selected_sequences_are_spread_over_the_devices_if_asked():
     on, ids = mesh(), token_batch(batch=32)
 

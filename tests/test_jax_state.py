@@ -149,9 +149,9 @@ def test_metrics_say_what_the_last_training_forward_did():
     metrics = criterion.metrics
     assert list(metrics) == [
         "step",
+        "token_ratio",
         "tokens_selected",
         "tokens_total",
-        "token_ratio",
         "avg_confidence",
         "avg_entropy",
         "avg_difficulty",

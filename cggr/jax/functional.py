@@ -7,6 +7,7 @@ leading shape ``...``, flattened row-major), ``D`` hidden size, ``V`` classes.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -181,15 +182,17 @@ def static_capacity(
     capacity: int | None, config: RoutingConfig, step: Any, shape: tuple[int, ...]
 ) -> int:
     """The capacity that was given, or that of a step the host knows."""
+    wanted = "a Python int, config.capacity(step, batch, length) of the step that the host knows"
     if capacity is not None:
-        return capacity
-    if not isinstance(step, int):
-        raise TypeError(
-            "capacity must be given where step is an array: a Python int, "
-            "config.capacity(step, batch, length) of the step that the host knows."
-        )
+        if not isinstance(capacity, numbers.Integral):
+            raise TypeError(
+                f"capacity must be {wanted}, and a static argument of jit; got {capacity!r}."
+            )
+        return int(capacity)
+    if not isinstance(step, numbers.Integral):
+        raise TypeError(f"capacity must be given where step is an array: {wanted}.")
     batch, length = shape if len(shape) == 2 else (1, math.prod(shape))
-    return config.capacity(step, batch, length)
+    return config.capacity(int(step), batch, length)
 
 
 def aligned_targets(

@@ -34,6 +34,7 @@ from cggr.jax.selected import (
     selected_rows,
 )
 from cggr.spec import RoutingConfig, TokenStatistics
+from cggr.spec.config import check_config
 
 
 def cggr_loss(
@@ -340,6 +341,7 @@ class CGGRLinearLoss(_SelectiveLoss):
 
 
 def _checked(logits: ArrayLike, targets: ArrayLike, config: RoutingConfig) -> tuple[Array, Array]:
+    check_config(config)
     logits = checked_logits(logits)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must have shape (B, S, V) or (N, V), got {logits.shape}.")
@@ -355,6 +357,7 @@ def _checked_head(
     config: RoutingConfig,
     softcap: float | None,
 ) -> tuple[Array, Array, Array | None, Array]:
+    check_config(config)
     hidden, weight, bias = checked_linear(hidden, weight, bias, softcap)
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden must have shape (B, S, D) or (N, D), got {hidden.shape}.")

@@ -48,9 +48,9 @@ class CGGRModel(RoutedModule):
         split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models).
-        sharding: Sharding of the selected sequences under jit on a mesh of several devices, such
-            as that of the batch. The selection gathers from all of them; without this the compiler
-            may compute the selected sequences on each.
+        sharding: Sharding of the selected sequences ``(C, S)`` under jit on a mesh of several
+            devices, such as that of the batch. The selection gathers from all of them; without
+            this the compiler may compute the selected sequences on each.
         **options: Fields of :class:`RoutingConfig`.
 
     Raises:
@@ -173,7 +173,6 @@ class CGGRModel(RoutedModule):
         config, batch = self.config, targets.shape[0]
         step = self.step_count[...].reshape(1)
         ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=jnp)
-        capacity = self.slots((batch,), self._rule)
         selection = select_at_ratio(
             mean_difficulty_B,
             self._rule,
@@ -181,7 +180,7 @@ class CGGRModel(RoutedModule):
             draw=self.next_draw(),
             rank=rank,
             eligible=jnp.any(eligible, axis=1),
-            capacity=capacity,
+            capacity=self._sequences(*targets.shape),
             xp=jnp,
         )
         # Unused slots repeat the last sequence, with nothing in it to learn.
@@ -202,6 +201,14 @@ class CGGRModel(RoutedModule):
             )
         )
         return inputs, targets, weight_C if config.selection == "importance" else None
+
+    def _sequences(self, batch: int, length: int) -> int:
+        """Capacity in sequences; with a sharding, a multiple of its shards."""
+        capacity = self.slots((batch,), self._rule)
+        if self.sharding is None:
+            return capacity
+        shards = batch // self.sharding.shard_shape((batch, length))[0]
+        return min(-(-capacity // shards) * shards, batch)
 
     def _score(
         self,

@@ -25,6 +25,16 @@ class RoutingMetrics(nnx.Variable):
     """Scalars of the last training forward."""
 
 
+_METRICS = {
+    "step": jnp.int32,
+    "token_ratio": jnp.float32,
+    "tokens_selected": jnp.int32,
+    "tokens_total": jnp.int32,
+    "avg_confidence": jnp.float32,
+    "avg_entropy": jnp.float32,
+    "avg_difficulty": jnp.float32,
+}
+
 # What the host knows of the modules' steps. Beside the modules, not in them: nnx compiles anew for
 # every value of a module's plain attributes.
 _host_steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -56,8 +66,8 @@ class RoutedModule(nnx.Module):
         self.step_count = RoutingState(jnp.zeros((), jnp.int32))
         self.draw_count = RoutingState(jnp.zeros((), jnp.int32))
         # Of the form that a forward leaves, since nnx compiles anew for another. No forward yet.
-        blank = {name: jnp.zeros((), dtype) for name, dtype in self._metric_dtypes().items()}
-        self.last_metrics = RoutingMetrics(blank | {"step": jnp.full((), -1, jnp.int32)})
+        blank = {name: jnp.full((), -1, dtype) for name, dtype in _METRICS.items()}
+        self.last_metrics = RoutingMetrics(blank)
 
     def step(self) -> None:
         """Advance the schedule; call it after every optimizer update, outside jit.
@@ -119,7 +129,11 @@ class RoutedModule(nnx.Module):
             return {}
         if _host_steps.get(self) not in (None, values["step"], values["step"] + 1):
             self.set_step()  # a restored count that nobody told us of
-        numbers = {name: values[name].item() for name in self._metric_dtypes()}
+        numbers = {
+            name: values[name].item()
+            for name in _METRICS
+            if self.scores() or not name.startswith("avg_")
+        }
         names = {"selection": self.config.selection, "scoring": scoring_name(self.config)}
         return numbers | names
 
@@ -135,21 +149,17 @@ class RoutedModule(nnx.Module):
         return draw
 
     def record(self, metrics: dict[str, Array]) -> None:
-        """Keep the metrics on the device until somebody asks."""
+        """Keep the metrics on the device until somebody asks; averages may be absent."""
         self.last_metrics.set_value(
-            {name: metrics[name].astype(dtype) for name, dtype in self._metric_dtypes().items()}
+            {
+                name: metrics[name].astype(dtype) if name in metrics else jnp.full((), -1, dtype)
+                for name, dtype in _METRICS.items()
+            }
         )
 
     def scores(self) -> bool:
         """Whether anything is scored, of which there are averages."""
         return True
-
-    def _metric_dtypes(self) -> dict[str, Any]:
-        counts = ("step", "tokens_selected", "tokens_total")
-        averages = ("avg_confidence", "avg_entropy", "avg_difficulty") if self.scores() else ()
-        return dict.fromkeys(counts, jnp.int32) | dict.fromkeys(
-            ("token_ratio", *averages), jnp.float32
-        )
 
     def _set_host_step(self, step: int) -> None:
         _host_steps[self] = step

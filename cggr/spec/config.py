@@ -183,15 +183,20 @@ def given_config(config: RoutingConfig | None, options: dict[str, Any]) -> Routi
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}.")
     if config is None:
         return RoutingConfig(**options)
-    if not isinstance(config, RoutingConfig):
-        raise TypeError(
-            f"config must be a RoutingConfig, got {config!r}; options are given by keyword."
-        )
+    check_config(config)
     if options:
         raise TypeError(
             f"give either config or options as keywords, got config and {', '.join(options)}."
         )
     return config
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no RoutingConfig."""
+    if not isinstance(config, RoutingConfig):
+        raise TypeError(
+            f"config must be a RoutingConfig, got {config!r}; options are given by keyword."
+        )
 
 
 def scoring_name(config: RoutingConfig) -> str:
