@@ -402,8 +402,9 @@ def test_all_labels_ignored(selection, scope, capacity):
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
+@pytest.mark.parametrize("ratio", [0.25, 1.0])  # at 1 no row is moved
 @pytest.mark.parametrize("capacity", ["exact", "static"])
-def test_garbage_at_ignored_tokens_does_not_reach_the_weights(capacity, fault):
+def test_garbage_at_ignored_tokens_does_not_reach_the_weights(capacity, ratio, fault):
     hidden, weight, _, targets = inputs(2, 6, ignored=0)
     targets[1] = -100
     for labels in (targets, torch.full_like(targets, -100)):
@@ -411,7 +412,8 @@ def test_garbage_at_ignored_tokens_does_not_reach_the_weights(capacity, fault):
         x[1] = fault
         x.requires_grad_()
         weight.grad = None
-        criterion = CGGRLinearLoss(capacity=capacity, warmup_steps=0, dynamic_threshold=False)
+        options = {"min_tokens_ratio": ratio, "warmup_steps": 0, "dynamic_threshold": False}
+        criterion = CGGRLinearLoss(capacity=capacity, **options)
         loss = criterion(x, weight, labels)
         loss.backward()
         assert loss.isfinite()

@@ -138,6 +138,7 @@ def _linear_backward(head: _Head, arrays: Any, grad: Array) -> tuple[Any, ...]:
         if d_bias is not None:
             d_bias = d_bias + jnp.sum(d_logits, axis=0)
         d_logits = d_logits.astype(hidden.dtype)
+        hidden = jnp.where(weight[:, None] == 0, 0, hidden)  # it may hold NaN too
         d_weight = d_weight + jnp.einsum(
             "rv,rd->vd", d_logits, hidden, preferred_element_type=d_weight.dtype
         )

@@ -213,7 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight_VD
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden
+                d_weight += d_logits.T @ hidden.masked_fill(row_grad == 0, 0)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight_VD.dtype),
