@@ -15,11 +15,13 @@ try:
     from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"cggr: the command line needs {error.name}: pip install 'cggr[race]'"
+        f"cggr: the command line needs {error.name}: pip install 'cggr[race]' for PyTorch, "
+        "or 'cggr[race-jax]' for JAX"
     ) from None
 
 from cggr import __version__
 from cggr.race.settings import (
+    BACKENDS,
     LANES,
     SCORINGS,
     SELECTIONS,
@@ -28,7 +30,7 @@ from cggr.race.settings import (
     RaceSettings,
 )
 
-# torch and transformers take seconds to import: commands import them when they need them.
+# Frameworks take seconds to import: commands import the one they need, when they need it.
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -167,7 +169,12 @@ _POSITIVE = click.IntRange(min=1)
     click.option("--layers", type=_POSITIVE, default=4),
     click.option("--vocab-size", type=click.IntRange(min=257), default=4096),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
-    click.option("--threads", type=_POSITIVE, show_default="torch's choice", help="CPU threads."),
+    click.option(
+        "--backend", type=click.Choice(BACKENDS), default="torch", help="PyTorch or JAX with Flax."
+    ),
+    click.option(
+        "--threads", type=_POSITIVE, show_default="the backend's choice", help="CPU threads."
+    ),
     click.option("--name", show_default="date, time and settings", help="Name of the run."),
     click.option(
         "--output",
@@ -204,11 +211,18 @@ def race(
     # Threads that wait by spinning slow a shared machine down several times; torch reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        from cggr.race.backend import load_backend
         from cggr.race.main import race as run
-    except ModuleNotFoundError as error:
-        raise click.UsageError(f"cggr race needs {error.name}: pip install 'cggr[race]'") from None
 
-    complete = run(settings, output / name, Console(), threads=threads)
+        backend = load_backend(settings.backend)
+    except ModuleNotFoundError as error:
+        extra = "race" if settings.backend == "torch" else "race-jax"
+        raise click.UsageError(
+            f"cggr race --backend {settings.backend} needs {error.name}: "
+            f"pip install 'cggr[{extra}]'"
+        ) from None
+
+    complete = run(settings, backend, output / name, Console(), threads=threads)
     ctx.exit(0 if complete else INTERRUPTED)
 
 

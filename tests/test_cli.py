@@ -102,6 +102,10 @@ def check_refused(result, message):
             "race --model empty --layers 3",
             "--layers shapes a new model; --model brings its own",
         ),
+        (
+            "race --backend numpy",
+            "Invalid value for '--backend': 'numpy' is not one of 'torch', 'jax'.",
+        ),
         ("race --name a/b", "Invalid value for --name: 'a/b' is not a plain name"),
         ("race --name ..", "Invalid value for --name: '..' is not a plain name"),
         ("race --name=", "Invalid value for --name: '' is not a plain name"),

@@ -168,6 +168,25 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes():
     assert corpus.bits_per_byte(np.log(256)) == pytest.approx(8.0)
 
 
+@settings(max_examples=200)
+@given(st.integers(2, 400), st.integers(2, 40), st.sampled_from([1, 64, 4096]))
+def test_an_evaluation_predicts_every_token_once(size, length, forward):
+    stream = np.arange(size, dtype=np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "EVALUATION_TOKENS", forward)
+        batches = list(tokens.evaluation_batches(stream, length))
+    (shape,) = {array.shape for batch in batches for array in batch}
+    assert shape[0] == 1 or shape[0] * length <= forward
+    assert shape[1] == length
+    inputs, targets = (np.concatenate([batch[i] for batch in batches]) for i in (0, 1))
+    predicted = targets != tokens.IGNORED
+    assert np.array_equal(targets[predicted], stream[1:])
+    assert np.array_equal(inputs[predicted], stream[:-1])
+    assert not inputs[~predicted].any()
+    # Rows without a target are as few as batches of one shape allow.
+    assert (~predicted.any(axis=1)).sum() < shape[0]
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     stream = np.arange(1_000, dtype=np.int32)
     first = tokens.batches(stream, batch_size=4, sequence_length=16, seed=3)

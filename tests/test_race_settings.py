@@ -73,6 +73,7 @@ def test_a_budget_is_spent_in_its_own_unit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"backend": "numpy"}, "unknown backend 'numpy'; known backends: torch, jax"),
         ({"lanes": ("dense", "sparse")}, "unknown lane 'sparse'; known lanes: dense, random, cggr"),
         ({"lanes": ("dense", "dense")}, "a race needs each lane once, got 'dense,dense'"),
         ({"lanes": ()}, "a race needs each lane once, got ''"),
@@ -111,8 +112,18 @@ def test_the_defaults():
         "importance",
         0.25,
     )
+    assert settings.backend == "torch"
     assert settings.eval_interval == 0.1
     assert settings.peak_learning_rate == 6e-3
+
+
+def test_both_selecting_lanes_keep_as_much_from_the_first_step_on():
+    settings = RaceSettings(budget=SECONDS, scoring="loss", selection="topk", ratio=0.1)
+    random, cggr = (settings.routing(lane, seed=3) for lane in ("random", "cggr"))
+    assert (random.selection, cggr.selection) == ("random", "topk")
+    for config in (random, cggr):
+        assert (config.scoring, config.min_tokens_ratio, config.seed) == ("loss", 0.1, 3)
+        assert (config.warmup_steps, config.dynamic_threshold) == (0, False)
 
 
 def test_fine_tuning_starts_gently(tmp_path):

@@ -2,46 +2,27 @@
 
 import json
 import math
-import shlex
 
 import numpy as np
 import pytest
+import races
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 from matplotlib import image
+from races import race, read, save_tokenizer, tiny, write_book
 
-from cggr.cli import main
 from cggr.race import tokens, torch_lanes
-from cggr.race.settings import Budget, RaceError, RaceSettings
+from cggr.race.settings import RaceError
 
-SMALL = shlex.split(
-    "--hidden-size 32 --layers 2 --vocab-size 300 --batch-size 8 --sequence-length 32 "
-    "--learning-rate 1e-2 --device cpu --threads 1"
-)
+SMALL = [*races.SMALL, "--threads", "1"]
 
 
 @pytest.fixture
 def book(tmp_path, monkeypatch):
-    """A folder with a text of some rules, and a token cache of its own."""
+    """A text, and a token cache of its own."""
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    folder = tmp_path / "book"
-    folder.mkdir()
-    for page in range(40):
-        numbers = random.integers(100, size=60)
-        lines = [f"the double of {number} is {2 * number}\n" for number in numbers]
-        (folder / f"page{page:02}.txt").write_text("".join(lines))
-    return folder
-
-
-def race(*arguments):
-    return CliRunner().invoke(main, ["race", "--name", "test", "--text", "book", *arguments])
-
-
-def read(tmp_path):
-    return json.loads((tmp_path / "runs" / "test" / "results.json").read_text())
+    return write_book(tmp_path / "book")
 
 
 def test_a_race_from_the_command_line(book, tmp_path):
@@ -68,6 +49,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "text": ["book"],
         "model": None,
         "device": "cpu",
+        "backend": "torch",
     }
     assert found["versions"]["torch"] == torch.__version__
     again = race(*SMALL, "--budget", "6steps")
@@ -151,17 +133,9 @@ def test_ctrl_c_writes_the_report(book, tmp_path, monkeypatch):
 
 
 def make_lane(name, *, seed=0, **options):
-    settings = RaceSettings(
-        budget=Budget(1, "steps"),
-        hidden_size=32,
-        layers=2,
-        batch_size=8,
-        sequence_length=16,
-        **options,
-    )
-    stream = np.random.default_rng(0).integers(300, size=1001).astype(np.int32)
-    corpus = tokens.Corpus(stream, stream[:100], 300, 300, 0)
-    return torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))(name, seed), stream
+    settings, corpus = tiny(**options)
+    lane = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))(name, seed)
+    return lane, corpus.training
 
 
 def test_the_held_out_loss_predicts_every_token_once():
@@ -223,9 +197,7 @@ def saved_model(tmp_path):
     lane, _ = make_lane("dense")
     folder = tmp_path / "pretrained"
     lane.model.save_pretrained(folder)
-    tokenizer = tokens.train_tokenizer(["the double of 12 is 24\n"] * 50, vocab_size=290)
-    tokenizer.enable_truncation(4)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -47,30 +48,46 @@ def git_commit() -> str | None:
         return None
 
 
-def environment(device: str) -> dict[str, object]:
-    """What a reader needs to know of the machine and the versions to judge a measurement.
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What runs a race.
 
     Args:
-        device: The torch device that was raced on.
+        versions: Of the framework and what it stands on, None for what it does not use.
+        device: The device, as the framework names it.
+        gpu: The card's name, None on a CPU.
+        threads: CPU threads of the framework.
     """
-    import torch
 
+    versions: dict[str, str | None]
+    device: str
+    gpu: str | None
+    threads: int
+
+
+def environment(runtime: Runtime) -> dict[str, object]:
+    """What a reader needs to know of the machine and the versions to judge a measurement."""
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: package_version(name) for name in ("cggr", "torch", "transformers")},
-            "cuda": torch.version.cuda,
+            "cggr": package_version("cggr"),
+            **runtime.versions,
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_name(),
             "cores": cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": device,
-            "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+            "threads": runtime.threads,
+            "device": runtime.device,
+            "gpu": runtime.gpu,
         },
         "git_commit": git_commit(),
     }
+
+
+def share_memory() -> None:
+    """Keeps JAX, when it starts, from taking most of the card's memory at once, as is its habit."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def capabilities() -> list[tuple[str, str]]:
@@ -109,8 +126,7 @@ def _torch_devices() -> list[tuple[str, str]]:
 
 
 def _jax_devices() -> str:
-    # Looking must not take most of the card's memory, which JAX does by default.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    share_memory()
     try:
         jax = importlib.import_module("jax")
         return ", ".join(f"{device.device_kind} ({device})" for device in jax.devices())

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from cggr.race import engine, machine, report, text, tokens, torch_lanes
+from cggr.race import engine, machine, pretrained, report, text, tokens
+from cggr.race.backend import Backend
 from cggr.race.display import watch
 from cggr.race.settings import RaceError, RaceSettings
 
 
 def race(
-    settings: RaceSettings, folder: Path, console: Console, *, threads: int | None = None
+    settings: RaceSettings,
+    backend: Backend,
+    folder: Path,
+    console: Console,
+    *,
+    threads: int | None = None,
 ) -> bool:
     """Runs a race and writes its report.
 
     Args:
         settings: The race.
+        backend: The framework that the settings name.
         folder: Folder of the report, which is made if it is missing.
         console: Where the race is shown.
-        threads: CPU threads of torch; torch's own choice if None.
+        threads: CPU threads of the framework; its own choice if None.
 
     Returns:
         Whether every lane came to its end; False after Ctrl-C.
@@ -30,15 +36,16 @@ def race(
         RaceError: The race cannot run as asked.
         KeyboardInterrupt: Ctrl-C before anything was measured.
     """
-    device = torch_lanes.find_device(settings.device)
     if threads is not None:
-        torch.set_num_threads(threads)
+        backend.set_threads(threads)
+    device = backend.find_device(settings.device)
+    runtime = backend.runtime(device)
     with console.status("reading the text"):
         split = text.split_documents(*text.read_documents(settings.text))
     with console.status("tokenizing"):
         tokenizer, end_of_text = None, None
         if settings.model is not None:
-            tokenizer, end_of_text = torch_lanes.load_tokenizer(settings.model)
+            tokenizer, end_of_text = pretrained.load_tokenizer(settings.model)
         corpus = tokens.prepare(
             split, vocab_size=settings.vocab_size, tokenizer=tokenizer, end_of_text=end_of_text
         )
@@ -53,11 +60,11 @@ def race(
 
     make_batches(0)  # a text that is too short is found before a model is built
     with console.status("building the model"):
-        model = torch_lanes.build_model(settings, corpus, seed=0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
+        parameters = backend.count_parameters(settings, corpus)
+    where = runtime.gpu or machine.cpu_name()
     subtitle = (
-        f"{'fine-tuning' if settings.model else 'training'} {parameters / 1e6:.1f} M parameters, "
+        f"{'fine-tuning' if settings.model else 'training'} {parameters / 1e6:.1f} M parameters "
+        f"with {settings.backend}, "
         f"batch {settings.batch_size} x {settings.sequence_length}, "
         f"ratio {settings.ratio:g}, {settings.scoring} / {settings.selection}, "
         f"{text.source_name(settings.text)} ({len(corpus.training) / 1e6:.2f} M tokens), {where}"
@@ -72,7 +79,7 @@ def race(
     with watch(console, settings) as watcher:
         runs = engine.run_race(
             settings,
-            make_lane=torch_lanes.make_lanes(settings, corpus, device),
+            make_lane=backend.make_lanes(settings, corpus, device),
             make_batches=make_batches,
             watcher=watcher,
         )
@@ -89,7 +96,7 @@ def race(
             "heldout_files": [document.name for document in split.heldout],
             "notes": list(split.notes),
         },
-        environment=machine.environment(str(device)),
+        environment=machine.environment(runtime),
     )
     report.write_report(folder, found, runs, settings, corpus, subtitle, console)
     if not found["complete"]:

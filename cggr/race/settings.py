@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from cggr.spec import RoutingConfig
 from cggr.spec import config as spec_config
 
 # Excess loss needs a reference model; "fixed_quota" is topk here, where no threshold is dynamic.
 SCORINGS = tuple(name for name in spec_config.SCORINGS if name != "excess_loss")
 SELECTIONS = tuple(name for name in spec_config.SELECTIONS if name != "fixed_quota")
 LANES = ("dense", "random", "cggr")
+BACKENDS = ("torch", "jax")
+HEAD_SIZE = 32  # of the new model's attention
 
 _UNITS: dict[str, tuple[float, Literal["seconds", "steps"]]] = {
     "s": (1, "seconds"),
@@ -98,6 +101,7 @@ class RaceSettings:
         text: Files and folders; the Python standard library's source if empty.
         model: Folder of a Hugging Face causal language model to fine-tune instead of a new one.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        backend: ``torch`` or ``jax``.
 
     Raises:
         RaceError: Options that contradict each other.
@@ -120,8 +124,13 @@ class RaceSettings:
     text: tuple[Path, ...] = ()
     model: Path | None = None
     device: str = "auto"
+    backend: str = "torch"
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise RaceError(
+                f"unknown backend {self.backend!r}; known backends: {', '.join(BACKENDS)}"
+            )
         for lane in self.lanes:
             if lane not in LANES:
                 raise RaceError(f"unknown lane {lane!r}; known lanes: {', '.join(LANES)}")
@@ -141,10 +150,10 @@ class RaceSettings:
                     f"--budget {self.budget} ends before the first evaluation: give a longer "
                     f"budget, or an --eval-every of at most {self.budget}"
                 )
-        if self.hidden_size % 32:
+        if self.hidden_size % HEAD_SIZE:
             raise RaceError(
-                f"--hidden-size must be a multiple of 32 (the width of an attention head), "
-                f"got {self.hidden_size}"
+                f"--hidden-size must be a multiple of {HEAD_SIZE} (the width of an attention "
+                f"head), got {self.hidden_size}"
             )
         if self.model is None and self.router_layers > self.layers:
             raise RaceError(
@@ -165,6 +174,17 @@ class RaceSettings:
         if self.learning_rate is not None:
             return self.learning_rate
         return 6e-3 if self.model is None else 5e-5
+
+    def routing(self, lane: str, seed: int) -> RoutingConfig:
+        """The options of a lane that selects."""
+        return RoutingConfig(
+            scoring=self.scoring,
+            selection="random" if lane == "random" else self.selection,
+            min_tokens_ratio=self.ratio,
+            warmup_steps=0,
+            dynamic_threshold=False,
+            seed=seed,
+        )
 
     def to_json(self) -> dict[str, object]:
         """The settings as plain values, paths by their last part: a report can be shared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ Tokens = npt.NDArray[np.int32]
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and END_OF_TEXT
 TRAINING_BYTES = 8_000_000  # more does not change the merges of a small vocabulary much
+EVALUATION_TOKENS = 4096  # per forward; twice as many were slower on two CPU cores
+IGNORED = -100  # a target that is not predicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,3 +168,26 @@ def batches(
         return tokens[starts + span].astype(np.int64)
 
     return batch
+
+
+def evaluation_batches(
+    tokens: Tokens, sequence_length: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Cuts a stream into inputs and targets, every token but the first being a target once.
+
+    Args:
+        tokens: The stream, of two tokens or more.
+        sequence_length: Tokens per row.
+
+    Yields:
+        Batches of one shape; behind the stream's end, inputs are 0 and targets `IGNORED`.
+    """
+    rows = -(-(len(tokens) - 1) // sequence_length)
+    batch_size = min(rows, max(1, EVALUATION_TOKENS // sequence_length))
+    count = -(-rows // batch_size)
+    shape = (count, batch_size, sequence_length)
+    inputs = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, IGNORED, dtype=np.int64)
+    inputs.flat[: len(tokens) - 1] = tokens[:-1]
+    targets.flat[: len(tokens) - 1] = tokens[1:]
+    yield from zip(inputs, targets, strict=True)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 
+from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, initial_weights, new_decoder
 from cggr.race.engine import Batch, Lane
+from cggr.race.machine import Runtime, package_version
+from cggr.race.pretrained import check_fit
 from cggr.race.settings import RaceError, RaceSettings
-from cggr.race.tokens import Corpus, Tokens
-from cggr.torch import CGGRModel, RoutingConfig, create_truncated_router
-
-EVALUATION_TOKENS = 4096  # per forward; twice as many were slower on two CPU cores
+from cggr.race.tokens import IGNORED, Corpus, Tokens, evaluation_batches
+from cggr.torch import CGGRModel, create_truncated_router
 
 
 class TorchLane:
@@ -100,20 +98,16 @@ class TorchLane:
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
         self.model.eval()
-        length = self.sequence_length
-        rows = -(-(len(self.heldout) - 1) // length)
-        padded = np.full(rows * length + 1, -100, dtype=np.int64)
-        padded[: len(self.heldout)] = self.heldout
-        inputs = torch.from_numpy(padded[:-1].reshape(rows, length)).clamp(min=0)
-        targets = torch.from_numpy(padded[1:].reshape(rows, length))
         total = 0.0
-        step = max(1, EVALUATION_TOKENS // length)
         with torch.inference_mode():
-            for start in range(0, rows, step):
-                logits = self.model(input_ids=inputs[start : start + step].to(self.device)).logits
-                labels = targets[start : start + step].to(self.device)
+            for inputs, targets in evaluation_batches(self.heldout, self.sequence_length):
+                logits = self.model(input_ids=torch.from_numpy(inputs).to(self.device)).logits
+                labels = torch.from_numpy(targets).to(self.device)
                 loss = F.cross_entropy(
-                    logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"
+                    logits.flatten(0, 1).float(),
+                    labels.flatten(),
+                    reduction="sum",
+                    ignore_index=IGNORED,
                 )
                 total += loss.item()
         self.model.train()
@@ -135,18 +129,9 @@ def _route(
     """Wraps the model for a lane that selects; None for the dense lane."""
     if name == "dense":
         return None
-    random = name == "random"
-    config = RoutingConfig(
-        scoring=settings.scoring,
-        selection="random" if random else settings.selection,
-        min_tokens_ratio=settings.ratio,
-        warmup_steps=0,
-        dynamic_threshold=False,
-        seed=seed,
-    )
     # Random selection scores nothing, so the control pays for no router.
-    router = None if random else create_truncated_router(model, settings.router_layers)
-    return CGGRModel(model, router, config, split="sequence")
+    router = None if name == "random" else create_truncated_router(model, settings.router_layers)
+    return CGGRModel(model, router, settings.routing(name, seed), split="sequence")
 
 
 def make_lanes(
@@ -172,24 +157,36 @@ def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transforme
     """Builds the small Llama of the settings, or loads the model that they name."""
     if settings.model is not None:
         return load_model(settings.model, settings, corpus)
-    config = transformers.LlamaConfig(
-        vocab_size=corpus.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=64 * round(settings.hidden_size * 8 / 3 / 64),
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden_size // 32,
-        num_key_value_heads=settings.hidden_size // 32,
-        max_position_embeddings=settings.sequence_length,
-        tie_word_embeddings=True,
-        bos_token_id=corpus.end_of_text,
-        eos_token_id=corpus.end_of_text,
-        # As wide as the fan-in asks for; at 0.02 this small a model learns much more slowly.
-        initializer_range=settings.hidden_size**-0.5,
+    shape = new_decoder(settings, corpus.vocab_size)
+    with torch.random.fork_rng():  # transformers draws weights, which are replaced at once
+        model = transformers.LlamaForCausalLM(llama_config(shape, corpus.end_of_text))
+    weights = {
+        name: torch.from_numpy(weight) for name, weight in initial_weights(shape, seed).items()
+    }
+    if shape.tied:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights)
+    return model
+
+
+def llama_config(shape: DecoderShape, end_of_text: int | None) -> transformers.LlamaConfig:
+    """A decoder's shape as transformers writes it."""
+    return transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=shape.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rms_norm_eps=shape.norm_epsilon,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
         use_cache=False,  # keys and values are for generation; no lane should pay for them
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config)
 
 
 def load_model(
@@ -206,42 +203,25 @@ def load_model(
         raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
     model.config.use_cache = False
     # Not every family of models has the last two numbers.
-    embeddings = model.get_input_embeddings().num_embeddings
-    positions = getattr(model.config, "max_position_embeddings", settings.sequence_length)
-    layers = getattr(model.config, "num_hidden_layers", settings.router_layers)
-    for what, wanted, had, of in (
-        ("its tokenizer's vocabulary", corpus.vocab_size, embeddings, "embeddings"),
-        ("--sequence-length", settings.sequence_length, positions, "positions"),
-        ("--router-layers", settings.router_layers, layers, "layers"),
-    ):
-        if wanted > had:
-            raise RaceError(f"--model {folder}: {what} {wanted} is more than its {had} {of}")
+    check_fit(
+        settings,
+        corpus,
+        embeddings=model.get_input_embeddings().num_embeddings,
+        positions=getattr(model.config, "max_position_embeddings", settings.sequence_length),
+        layers=getattr(model.config, "num_hidden_layers", settings.router_layers),
+    )
     return model
 
 
-def load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
-    """Loads the tokenizer of a local model folder and its end-of-text token."""
-    contents = {}
-    for name in ("config.json", "tokenizer.json"):
-        try:
-            contents[name] = json.loads((folder / name).read_text())
-        except FileNotFoundError:
-            raise RaceError(
-                f"--model {folder}: no {name} in it; give the folder of a Hugging Face model "
-                "with its tokenizer, as save_pretrained writes it"
-            ) from None
-        except ValueError as error:
-            raise RaceError(f"--model {folder}: {name} is damaged: {error}") from None
-    if (
-        not isinstance(contents["tokenizer.json"], dict)
-        or "model" not in contents["tokenizer.json"]
-    ):
-        raise RaceError(f"--model {folder}: its tokenizer.json describes no tokenizer")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    end = contents["config.json"].get("eos_token_id")
-    return tokenizer, end[0] if isinstance(end, list) else end
+def count_parameters(settings: RaceSettings, corpus: Corpus) -> int:
+    """Number of values that the race's model trains; refuses a model that cannot race."""
+    model = build_model(settings, corpus, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def set_threads(count: int) -> None:
+    """Sets the number of CPU threads."""
+    torch.set_num_threads(count)
 
 
 def find_device(name: str) -> torch.device:
@@ -256,6 +236,19 @@ def find_device(name: str) -> torch.device:
     elif not available[name]:
         raise RaceError(f"--device {name}: this machine or this build of torch has none")
     return torch.device(name)
+
+
+def runtime(device: torch.device) -> Runtime:
+    """What a reader needs to know of torch and its device."""
+    return Runtime(
+        versions={
+            **{name: package_version(name) for name in ("torch", "transformers")},
+            "cuda": torch.version.cuda,
+        },
+        device=str(device),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        threads=torch.get_num_threads(),
+    )
 
 
 def synchronize(device: torch.device) -> None:
