@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from cggr.spec.arrays import device_of
+from cggr.spec.division import long_division
 
 _WORD = 1 << 32
 _INCREMENT = 0x9E3779B9  # 2**32 / golden ratio: keeps an all-zero key from mixing to zero
@@ -61,8 +62,7 @@ def uniform_bits(seed: int, draw: Any, rank: Any, index: Any, *, xp: Any) -> Any
 def inverse_uniform(bits: Any, *, xp: Any) -> Any:
     """``1 / u`` for ``u = (2 (bits >> 8) + 1) / 2**24``, exact to 18 binary places, in float32.
 
-    A floating-point division rounds differently under some compilers; integer long division does
-    not. The quotient is built from an integer part and three digits in base 64.
+    By integer long division, since compilers round a division of floats differently.
 
     Args:
         bits: int32 in ``[0, 2**31)``, from :func:`uniform_bits`.
@@ -73,12 +73,5 @@ def inverse_uniform(bits: Any, *, xp: Any) -> Any:
     """
     divisor = 2 * (bits >> 8) + 1
     numerator = xp.full_like(divisor, 1 << 24)
-    whole = numerator // divisor
-    remainder = numerator - whole * divisor
-    fraction = xp.zeros_like(divisor)
-    for _ in range(3):
-        remainder = remainder * 64  # below 2**30, as the remainder is below 2**24
-        digit = remainder // divisor
-        remainder = remainder - digit * divisor
-        fraction = fraction * 64 + digit
+    whole, fraction, _ = long_division(numerator, divisor, digits=3, xp=xp)
     return xp.astype(whole, xp.float32) + xp.astype(fraction, xp.float32) * 2.0**-18

@@ -17,6 +17,7 @@ from array_api_compat import array_namespace
 from cggr.spec import schedule
 from cggr.spec.arrays import device_of, index_dtype
 from cggr.spec.config import RoutingConfig
+from cggr.spec.division import quotient
 from cggr.spec.hashing import inverse_uniform, uniform_bits
 
 MAX_TOKENS = 1 << 29  # so that every sum of a token count and a capacity stays within int32
@@ -332,6 +333,6 @@ def _priority_sample(
     is_next_RM = (rank_RM == k_R[:, None]) & (ineligible_RM == 0) & ~certain_RM
     # A sum of one term and zeros, which any order of addition gives exactly.
     tau_R = xp.sum(xp.where(is_next_RM, priority_RM, 0.0), axis=-1)
-    # Of what is not selected the weight is not asked, and τ / q could overflow.
-    weight_RM = tau_R[:, None] / xp.where(rank_RM < k_R[:, None], q_RM, 1.0)
+    # Of what is selected τ / q is at most 1 / u; of the rest the weight is not asked.
+    weight_RM = quotient(tau_R[:, None], q_RM, xp=xp)
     return rank_RM, xp.where(certain_RM | (weight_RM < 1), 1.0, weight_RM)
