@@ -15,6 +15,7 @@ import truth
 from cggr.jax import (
     RoutingConfig,
     cggr_linear_loss,
+    cggr_loss,
     chunks,
     linear_token_statistics,
     select_tokens,
@@ -779,3 +780,39 @@ def test_an_implementation_is_named_or_refused(monkeypatch):
     message = r"^CGGR_IMPLEMENTATION must be one of 'xla'.* in cggr\.jax, got 'numpy'\.$"
     with pytest.raises(ValueError, match=message):
         token_statistics(logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"step": 1.5}, TypeError, "step must be an integer, got 1.5."),
+        ({"step": np.int64(-5)}, ValueError, "step must not be negative, got -5."),
+        ({"step": 2**31}, ValueError, "step must be within 32 bits, got 2147483648."),
+        ({"draw": 0.5}, TypeError, "draw must be an integer, got 0.5."),
+        (
+            {"rank": jnp.arange(3)},
+            TypeError,
+            "rank must be an integer or an integer array of one element, got int32[3].",
+        ),
+    ],
+)
+def test_counters_are_integers_of_32_bits(arguments, error, message):
+    with pytest.raises(error, match=exactly(message)):
+        select_tokens(jnp.zeros((2, 3)), RoutingConfig(), **({"capacity": 6} | arguments))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_an_empty_batch_has_no_loss(shape, scope):
+    config = RoutingConfig(selection="importance", scope=scope)
+    hidden, targets = jnp.zeros((*shape, 4)), jnp.zeros(shape, jnp.int32)
+    assert float(cggr_loss(hidden, targets, config, step=0)[0]) == 0
+    assert float(cggr_linear_loss(hidden, jnp.zeros((9, 4)), targets, config, step=0)[0]) == 0
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "2"])
+def test_a_scale_is_a_finite_number(scale):
+    with pytest.raises(
+        ValueError, match=f"logit_scale must be a finite Python number, got {scale}"
+    ):
+        linear_token_statistics(jnp.zeros((2, 4)), jnp.zeros((9, 4)), logit_scale=scale)

@@ -810,10 +810,10 @@ def test_the_module_is_the_function_with_its_counters():
                 "scoring": "combined",
             }
             assert criterion.draw_count[...] == draw
-        assert criterion.slots(SHAPE) == config.capacity(step, *SHAPE)
+        assert criterion._slots(SHAPE) == config.capacity(step, *SHAPE)
         criterion.step()
         assert criterion.step_count[...] == step + 1
-        assert criterion.slots(SHAPE) == config.capacity(step + 1, *SHAPE)  # no device was asked
+        assert criterion._slots(SHAPE) == config.capacity(step + 1, *SHAPE)  # no device was asked
     assert criterion.metrics["token_ratio"] < 0.3
 
 
@@ -927,10 +927,10 @@ def test_set_step_moves_the_schedule_and_its_slots():
     criterion(logits, targets)
     config = RoutingConfig(warmup_steps=100)
     assert criterion.metrics["step"] == 100
-    assert criterion.slots(SHAPE) == config.capacity(100, *SHAPE) < math.prod(SHAPE)
+    assert criterion._slots(SHAPE) == config.capacity(100, *SHAPE) < math.prod(SHAPE)
     criterion.step_count[...] = jnp.int32(0)  # a checkpoint is restored
     criterion.set_step()
-    assert criterion.slots(SHAPE) == math.prod(SHAPE)
+    assert criterion._slots(SHAPE) == math.prod(SHAPE)
     for step, error, message in (
         (-1, ValueError, "step must be in [0, 2**31), got -1."),
         (2**31, ValueError, f"step must be in [0, 2**31), got {2**31}."),

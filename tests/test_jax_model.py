@@ -349,3 +349,87 @@ def test_a_model_that_returns_no_logits_is_refused():
     ids, labels = labelled_batch()
     with pytest.raises(TypeError, match=r"the model must return logits: an array, .*; got dict"):
         CGGRModel(Wordy(table()))(ids, labels=labels)
+
+
+def test_every_input_of_the_sequences_follows_them_whatever_its_shape():
+    class Conditional(Bigram):
+        def __call__(self, input_ids, kind, extra):
+            shift = 3 * kind[:, None] + extra["shift"]
+            return super().__call__(input_ids) + shift[..., None] * jnp.arange(40) / 40
+
+    weights, (ids, labels) = table(), labelled_batch(length=9)
+    rng = np.random.default_rng(1)
+    kind = rng.normal(size=12).astype(np.float32)
+    extra = {"shift": rng.normal(size=(12, 9)).astype(np.float32)}
+    targets = np.full_like(labels, -100)
+    targets[:, :-1] = labels[:, 1:]
+    shift = 3 * kind[:, None] + extra["shift"]
+    logits = weights[ids] + shift[..., None] * np.arange(40, dtype=np.float32) / 40
+    nll = truth.statistics(logits, targets)["nll"]
+    eligible = targets != -100
+    mean = np.where(eligible, nll, 0).sum(1) / np.maximum(eligible.sum(1), 1)
+    model = CGGRModel(Conditional(weights), selection="topk", scoring="loss", warmup_steps=100)
+    for step in (45, 100):  # with a slot for every sequence, and with fewer
+        model.set_step(step)
+        value = float(forward(model, ids, labels, kind=kind, extra=extra))
+        ratio = model.get_metrics()["token_ratio"]
+        k = int(np.ceil(eligible.any(1).sum() * ratio))
+        chosen = np.argsort(np.where(eligible.any(1), -mean, np.inf), kind="stable")[:k]
+        assert k < eligible.any(1).sum()
+        assert value == pytest.approx(nll[chosen].sum() / eligible[chosen].sum(), rel=1e-5)
+
+
+def test_an_input_that_could_be_of_sequences_or_positions_is_refused():
+    ids, labels = labelled_batch(batch=9, length=9)
+    model = CGGRModel(Bigram(table()), selection="random", **FIXED)
+    with pytest.raises(ValueError, match=r"kind of shape \(9,\) could belong to the 9 sequences"):
+        model(ids, labels=labels, kind=np.zeros(9))
+
+
+def test_a_router_that_shares_a_part_of_the_model_is_refused():
+    class Part(nnx.Module):
+        def __init__(self, decoder):
+            self.embed = decoder.embed
+            self.head = nnx.Linear(16, 64, rngs=nnx.Rngs(0))
+
+        def __call__(self, ids):
+            return self.head(self.embed(ids))
+
+    decoder = Decoder()
+    message = "router must share all of its parameters .* Part, which shares 1 of 3"
+    with pytest.raises(ValueError, match=message):
+        CGGRModel(decoder, Part(decoder))
+
+
+def test_the_optimizer_can_leave_a_foreign_router_alone():
+    ids = token_batch()
+    model = CGGRModel(Decoder(), Decoder(seed=5), selection="importance", **FIXED)
+    wrt = nnx.All(nnx.Param, nnx.PathContains("model"))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.5), wrt=wrt)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss(model):
+            return model(ids, labels=ids)
+
+        gradient = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
+        optimizer.update(model, gradient)
+
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    train_step(model, optimizer)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, before["router"], after["router"])
+    assert (before["model"]["embed"]["embedding"] != after["model"]["embed"]["embedding"]).all()
+
+
+def test_a_model_can_be_tabulated():
+    ids = token_batch()
+    assert "CGGRModel" in nnx.tabulate(CGGRModel(Decoder()), ids, ids)
+
+
+def test_wide_labels_are_not_narrowed_in_silence():
+    ids, _ = labelled_batch()
+    labels = ids.astype(np.int64)
+    labels[0, 0] = 2**32 + 1
+    with pytest.raises(ValueError, match="labels must be within 32 bits, got 0 to 4294967297"):
+        CGGRModel(Bigram(table()))(ids, labels=labels)

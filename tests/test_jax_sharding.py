@@ -164,6 +164,15 @@ def test_shards_of_one_batch_draw_independently():
     assert distinct == {False: 1, True: 8}
 
 
+def test_a_sharded_batch_outside_jit():
+    on, (hidden, weight, targets) = mesh(), arrays()
+    config = RoutingConfig(selection="importance", **FIXED)
+    expected = logits_loss(hidden, weight, targets, config, step=0)
+    hidden, targets = spread((hidden, targets), P("data"), on)
+    result = logits_loss(hidden, spread(weight, P(), on), targets, config, step=0)
+    assert_close(result, expected)
+
+
 def test_explicit_axes_by_auto_axes():
     on, (hidden, weight, targets) = mesh(AxisType.Explicit), arrays()
     config = RoutingConfig(selection="importance", **FIXED)
@@ -235,8 +244,8 @@ def test_a_model_inside_shard_map(selection):
     def loss_and_count(parameters, ids, rank):
         model = nnx.merge(graphdef, parameters, rest, copy=True)
         loss = model(ids, labels=ids, rank=rank)
-        metrics = model.last_metrics.get_value()
-        return loss, metrics["tokens_total" if selection == "importance" else "tokens_selected"]
+        name = "tokens_total" if selection == "importance" else "tokens_selected"
+        return loss, model.last_metrics[name][...]
 
     def local(parameters, ids):
         def mean(parameters):

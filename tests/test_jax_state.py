@@ -64,6 +64,24 @@ def test_a_resumed_run_repeats_its_losses(tmp_path):
     assert train(model, optimizer, range(7, 12)) == pytest.approx(expected, rel=tolerance)
 
 
+def test_a_pure_dictionary_holds_all_there_is():
+    model, optimizer = make_training()
+    train(model, optimizer, range(3))
+    saved = nnx.to_pure_dict(nnx.state(model))
+    other, _ = make_training(seed=1)
+    state = nnx.state(other)
+    nnx.replace_by_pure_dict(state, saved)
+    nnx.update(other, state)
+    other.set_step()
+    assert other.get_metrics() == model.get_metrics()
+    ids = token_batch(seed=9)
+    assert float(other(ids, labels=ids)) == float(model(ids, labels=ids))
+    abstract = nnx.eval_shape(lambda: make_training()[0])
+    graphdef, blank = nnx.split(abstract)
+    nnx.replace_by_pure_dict(blank, saved)
+    assert int(nnx.merge(graphdef, blank).step_count[...]) == 3
+
+
 def test_the_counters_are_variables_of_their_own_kind():
     model, _ = make_training()
     counters = nnx.state(model, RoutingState)

@@ -492,10 +492,21 @@ def test_tensors_of_the_sequences_follow_the_selection():
         ("position_ids", three, lambda rows: three[:, rows]),
         ("token_type_ids", types, lambda rows: types[rows]),
         ("anything", types, lambda rows: types[rows]),
-        ("anything", torch.arange(6), lambda rows: torch.arange(6)),
+        ("anything", torch.arange(6), lambda rows: torch.arange(6)[rows]),
+        ("anything", torch.arange(5), lambda rows: torch.arange(5)),
     ):
         _, rows, call = recorded_step(**{name: value})
         assert torch.equal(call[name], kept(rows)), name
+    _, rows, call = recorded_step(masks={"full": mask, "parts": [types, None]})
+    assert torch.equal(call["masks"]["full"], mask[rows])
+    assert torch.equal(call["masks"]["parts"][0], types[rows])
+
+
+def test_an_input_that_could_be_of_sequences_or_positions_is_refused():
+    ids = models.token_ids(4)[:, :4]
+    wrapped = CGGRModel(Recorder(), Recorder(), min_tokens_ratio=0.3, **OFF)
+    with pytest.raises(ValueError, match=r"kind of shape \(4,\) could belong to the 4 sequences"):
+        wrapped(ids, labels=ids, kind=torch.arange(4))
 
 
 def test_three_sequences_of_three_position_rows():

@@ -8,6 +8,7 @@ Shapes: leading dimensions ``...``; ``R`` rows, ``V`` classes.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Implementation(NamedTuple):
     weighted_nll_sum: Callable[[Array, Array, Array], Array]
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _xla_token_statistics(
     logits: Array, targets: Array | None, ignore_index: int
 ) -> TokenStatistics:

@@ -6,6 +6,7 @@ leading shape ``...``, flattened row-major), ``D`` hidden size, ``V`` classes.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cggr import spec
 from cggr.jax import dispatch
 from cggr.jax.chunks import map_row_chunks
 from cggr.jax.cross_entropy import linear_logits
-from cggr.spec import RoutingConfig, Selection, TokenStatistics
+from cggr.spec import RoutingConfig, Selection, TokenStatistics, schedule, selection
 
 
 def token_statistics(
@@ -94,7 +95,7 @@ def linear_token_statistics(
         >>> bool((linear_token_statistics(hidden, weight).entropy == direct.entropy).all())
         True
     """
-    hidden, weight, bias = checked_linear(hidden, weight, bias, softcap)
+    hidden, weight, bias = checked_linear(hidden, weight, bias, logit_scale, softcap)
     shape, n_classes = hidden.shape[:-1], weight.shape[0]
     if targets is not None:
         targets = checked_targets(targets, shape, n_classes, ignore_index).reshape(-1)
@@ -165,17 +166,45 @@ def select_tokens(
         [1, 3]
     """
     difficulty = jax.lax.stop_gradient(jnp.asarray(difficulty))
-    return spec.select_tokens(
+    if isinstance(step, numbers.Integral) and step < 0:
+        raise ValueError(f"step must not be negative, got {step}.")
+    return _select_tokens(
         difficulty,
         config,
-        step=step,
-        draw=draw,
-        rank=rank,
+        step=_word("step", step),
+        draw=_word("draw", draw),
+        rank=_word("rank", rank),
         eligible=None if eligible is None else jnp.asarray(eligible),
         confidence=None if confidence is None else jnp.asarray(confidence),
         capacity=static_capacity(capacity, config, step, difficulty.shape),
-        xp=jnp,
     )
+
+
+# Compiled, also where the caller is not: one program instead of a hundred operations, and arrays
+# that are spread over devices stay so.
+_STATIC = ("config", "capacity")
+_select_tokens = jax.jit(functools.partial(spec.select_tokens, xp=jnp), static_argnames=_STATIC)
+select_at_ratio = jax.jit(
+    functools.partial(selection.select_at_ratio, xp=jnp), static_argnames=_STATIC
+)
+token_ratio = jax.jit(functools.partial(schedule.token_ratio, xp=jnp), static_argnums=0)
+
+
+def _word(name: str, value: Any) -> Any:
+    """A counter: a Python int of 32 bits, or an integer array of one element."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if value.size != 1 or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(
+                f"{name} must be an integer or an integer array of one element, "
+                f"got {value.dtype}{list(value.shape)}."
+            )
+        return value
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    number = int(value)
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"{name} must be within 32 bits, got {number}.")
+    return number
 
 
 def static_capacity(
@@ -211,7 +240,9 @@ def aligned_targets(
         Integers ``(B, S)``. With `shift` the last position has no target. Neither a padding
         position nor a padding label is trained on.
     """
-    labels = _as_integers("labels", labels)
+    given, labels = labels, _as_integers("labels", labels)
+    if isinstance(given, np.ndarray) and (given.astype(labels.dtype) != given).any():
+        raise ValueError(f"labels must be within 32 bits, got {given.min()} to {given.max()}.")
     if labels.ndim != 2 or labels.shape[0] == 0:
         raise ValueError(f"labels must have shape (B, S) with B >= 1, got {labels.shape}.")
     padding = padding_of(attention_mask, labels.shape)
@@ -242,7 +273,11 @@ def checked_logits(logits: ArrayLike) -> Array:
 
 
 def checked_linear(
-    hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None, softcap: float | None
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Array, Array, Array | None]:
     """The arrays of a linear head; refused if they make none."""
     hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
@@ -261,9 +296,18 @@ def checked_linear(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {bias.shape}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
+    check_head(logit_scale, softcap)
     return hidden, weight, bias
+
+
+def check_head(logit_scale: Any, softcap: Any) -> None:
+    """Refuse a scale that is no finite Python number, and a soft-cap that is none above 0."""
+    if not isinstance(logit_scale, numbers.Real) or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be a finite Python number, got {logit_scale}.")
+    if softcap is None:
+        return
+    if not isinstance(softcap, numbers.Real) or not 0 < float(softcap) < math.inf:
+        raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
 def checked_targets(
@@ -281,7 +325,7 @@ def checked_targets(
     """
     array = _as_integers("targets", targets)
     if array.shape != shape:
-        raise ValueError(f"targets must have the logits' leading shape {shape}, got {array.shape}.")
+        raise ValueError(f"{name} must have the logits' leading shape {shape}, got {array.shape}.")
     if _on_host(targets):
         values = np.asarray(targets)  # before JAX narrows 64 bits to 32
         wrong = ((values < 0) | (values >= n_classes)) & (values != ignore_index)

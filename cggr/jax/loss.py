@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from cggr.jax import dispatch
 from cggr.jax.cross_entropy import linear_weighted_nll_sum
 from cggr.jax.functional import (
+    check_head,
     checked_linear,
     checked_logits,
     checked_targets,
@@ -159,7 +160,9 @@ def cggr_linear_loss(
         >>> round(value.item(), 4), gradient.shape
         (4.6052, (100, 16))
     """
-    hidden, weight, bias, targets = _checked_head(hidden, weight, bias, targets, config, softcap)
+    hidden, weight, bias, targets = _checked_head(
+        hidden, weight, bias, targets, config, logit_scale, softcap
+    )
     statistics = linear_token_statistics(
         hidden,
         weight,
@@ -242,14 +245,14 @@ class CGGRLoss(_SelectiveLoss):
             targets,
             self.config,
             step=self.step_count[...],
-            draw=self.next_draw(),
+            draw=self._next_draw(),
             rank=rank,
-            capacity=self.slots(jnp.shape(targets)),
+            capacity=self._slots(jnp.shape(targets)),
             reference_nll=reference_nll,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
         )
-        self.record(metrics)
+        self._record(metrics)
         return loss
 
 
@@ -285,6 +288,7 @@ class CGGRLinearLoss(_SelectiveLoss):
         **options: Any,
     ) -> None:
         super().__init__(config, reduction=reduction, **options)
+        check_head(logit_scale, softcap)
         self.logit_scale = logit_scale
         self.softcap = softcap
 
@@ -315,7 +319,7 @@ class CGGRLinearLoss(_SelectiveLoss):
         """
         if self.deterministic:
             hidden, weight, bias, targets = _checked_head(
-                hidden, weight, bias, targets, self.config, self.softcap
+                hidden, weight, bias, targets, self.config, self.logit_scale, self.softcap
             )
             rows = every_row(targets, self.config.ignore_index)
             total = _linear_sum(hidden, weight, bias, rows, self.logit_scale, self.softcap)
@@ -326,9 +330,9 @@ class CGGRLinearLoss(_SelectiveLoss):
             targets,
             self.config,
             step=self.step_count[...],
-            draw=self.next_draw(),
+            draw=self._next_draw(),
             rank=rank,
-            capacity=self.slots(jnp.shape(targets)),
+            capacity=self._slots(jnp.shape(targets)),
             bias=bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
@@ -336,7 +340,7 @@ class CGGRLinearLoss(_SelectiveLoss):
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
         )
-        self.record(metrics)
+        self._record(metrics)
         return loss
 
 
@@ -355,10 +359,11 @@ def _checked_head(
     bias: ArrayLike | None,
     targets: ArrayLike,
     config: RoutingConfig,
+    logit_scale: float,
     softcap: float | None,
 ) -> tuple[Array, Array, Array | None, Array]:
     check_config(config)
-    hidden, weight, bias = checked_linear(hidden, weight, bias, softcap)
+    hidden, weight, bias = checked_linear(hidden, weight, bias, logit_scale, softcap)
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden must have shape (B, S, D) or (N, D), got {hidden.shape}.")
     shape, n_classes = hidden.shape[:-1], weight.shape[0]

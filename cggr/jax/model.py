@@ -16,14 +16,18 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
-from cggr.jax.functional import aligned_targets, checked_logits, checked_targets
+from cggr.jax.functional import (
+    aligned_targets,
+    checked_logits,
+    checked_targets,
+    select_at_ratio,
+    token_ratio,
+)
 from cggr.jax.router import TruncatedRouter, logits_of
 from cggr.jax.routing import RoutedModule, selection_metrics
 from cggr.jax.scorer import checked_module, checked_shift, score, with_mask
 from cggr.jax.selected import SelectedRows, every_row, reduce_loss
 from cggr.spec import RoutingConfig
-from cggr.spec.schedule import token_ratio
-from cggr.spec.selection import select_at_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,9 @@ class CGGRModel(RoutedModule):
         model: An nnx module ``(input_ids, ...) -> logits`` (an array, a tuple that starts with
             them, or an output with ``.logits``).
         router: What scores, such as ``create_truncated_router(model)``; the model itself when
-            None, at the price of a full forward. It scores without gradient and dropout.
+            None, at the price of a full forward. It scores without gradient and dropout. One with
+            parameters of its own is no business of the optimizer, whose weight decay would shrink
+            them: ``wrt=nnx.All(nnx.Param, nnx.PathContains("model"))``.
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
         split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
@@ -95,12 +101,12 @@ class CGGRModel(RoutedModule):
         self.truncation = None
         if isinstance(router, TruncatedRouter) and router.source is model:
             self.truncation, router = router.truncation, None
-        self.router = None if router is None else checked_module("router", router)
+        self.router = None if router is None else _checked_router(model, router)
         # Sequences are kept whole, so there is no floor of tokens in each of them.
         aware = self.config.selection == "sequence_aware"
         self._rule = dataclasses.replace(self.config, selection="topk") if aware else self.config
 
-    def scores(self) -> bool:
+    def _scores(self) -> bool:
         """Whether anything is scored: the random control needs no score and pays for none."""
         return self.config.selection != "random" or self.config.adaptive
 
@@ -130,8 +136,8 @@ class CGGRModel(RoutedModule):
             num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
                 loss becomes ``mean n_eligible / M``.
             **model_inputs: Passed to router and model, None included (positions, cache, ...).
-                Arrays of two or more dimensions whose first is B are taken to belong to the
-                sequences and follow the selection.
+                Arrays whose first dimension is B, alone or inside a pytree, are taken to belong
+                to the sequences and follow the selection.
 
         Returns:
             Scalar loss, float32 (float64 for float64 logits); 0 when nothing is eligible. Without
@@ -172,26 +178,28 @@ class CGGRModel(RoutedModule):
         mean_difficulty_B, scored = self._score(inputs, targets, eligible, reference_nll)
         config, batch = self.config, targets.shape[0]
         step = self.step_count[...].reshape(1)
-        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=jnp)
+        ratio = token_ratio(config, step, scored.get("confidence"), eligible)
         selection = select_at_ratio(
             mean_difficulty_B,
             self._rule,
             ratio,
-            draw=self.next_draw(),
+            draw=self._next_draw(),
             rank=rank,
             eligible=jnp.any(eligible, axis=1),
             capacity=self._sequences(*targets.shape),
-            xp=jnp,
         )
         # Unused slots repeat the last sequence, with nothing in it to learn.
         index_C, weight_C = selection.indices, selection.weights
         inputs = {
-            name: self._take(value, index_C) if _follows(value, batch) else value
+            name: jax.tree.map(
+                lambda x, name=name: self._take(x, index_C) if _follows(name, x, targets) else x,
+                value,
+            )
             for name, value in inputs.items()
         }
         targets = self._take(targets, index_C)
         targets = jnp.where(index_C[:, None] < batch, targets, config.ignore_index)
-        self.record(
+        self._record(
             selection_metrics(
                 step=step,
                 ratio=ratio,
@@ -204,7 +212,7 @@ class CGGRModel(RoutedModule):
 
     def _sequences(self, batch: int, length: int) -> int:
         """Capacity in sequences; with a sharding, a multiple of its shards."""
-        capacity = self.slots((batch,), self._rule)
+        capacity = self._slots((batch,), self._rule)
         if self.sharding is None:
             return capacity
         shards = batch // self.sharding.shard_shape((batch, length))[0]
@@ -218,7 +226,7 @@ class CGGRModel(RoutedModule):
         reference_nll: ArrayLike | None,
     ) -> tuple[Array, dict[str, Array]]:
         """Mean difficulty of every sequence, and the ``(B, S)`` scores it was made from."""
-        if not self.scores():
+        if not self._scores():
             return jnp.zeros_like(targets, shape=targets.shape[:1], dtype=jnp.float32), {}
         router = self.model if self.router is None else self.router
         if self.truncation is not None:
@@ -270,6 +278,31 @@ class CGGRModel(RoutedModule):
         return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
 
 
-def _follows(value: Any, batch: int) -> bool:
-    """Whether a model's input belongs to the sequences of the batch."""
-    return getattr(value, "ndim", 0) >= 2 and value.shape[0] == batch
+def _checked_router(model: nnx.Module, router: Any) -> nnx.Module:
+    checked_module("router", router)
+    owned = _parameters(model)
+    shared = [variable in owned for variable in _parameters(router)]
+    if any(shared) and not all(shared):
+        raise ValueError(
+            f"router must share all of its parameters with the model or none, got "
+            f"{type(router).__name__}, which shares {sum(shared)} of {len(shared)}: the others "
+            f"would get a gradient of 0, and the optimizer's weight decay."
+        )
+    return router
+
+
+def _parameters(module: nnx.Module) -> set[int]:
+    return {id(x) for _, x in nnx.iter_graph(module) if isinstance(x, nnx.Param)}
+
+
+def _follows(name: str, x: Any, targets: Array) -> bool:
+    """Whether an array among the model's inputs belongs to the sequences of the batch."""
+    batch, length = targets.shape
+    if jnp.ndim(x) == 0 or jnp.shape(x)[0] != batch:
+        return False
+    if jnp.ndim(x) == 1 and batch == length:
+        raise ValueError(
+            f"{name} of shape ({batch},) could belong to the {batch} sequences or to their "
+            f"{length} positions: give it two dimensions, (B, 1) or (1, S)."
+        )
+    return True

@@ -22,7 +22,7 @@ class RoutingState(nnx.Variable):
 
 
 class RoutingMetrics(nnx.Variable):
-    """Scalars of the last training forward."""
+    """A number of the last training forward."""
 
 
 _METRICS = {
@@ -66,8 +66,9 @@ class RoutedModule(nnx.Module):
         self.step_count = RoutingState(jnp.zeros((), jnp.int32))
         self.draw_count = RoutingState(jnp.zeros((), jnp.int32))
         # Of the form that a forward leaves, since nnx compiles anew for another. No forward yet.
-        blank = {name: jnp.full((), -1, dtype) for name, dtype in _METRICS.items()}
-        self.last_metrics = RoutingMetrics(blank)
+        self.last_metrics = nnx.Dict(
+            {name: RoutingMetrics(jnp.full((), -1, dtype)) for name, dtype in _METRICS.items()}
+        )
 
     def step(self) -> None:
         """Advance the schedule; call it after every optimizer update, outside jit.
@@ -124,7 +125,7 @@ class RoutedModule(nnx.Module):
             scoring. Empty before the first training forward. Averages are absent when nothing was
             scored.
         """
-        values = jax.device_get(self.last_metrics.get_value())
+        values = jax.device_get({name: self.last_metrics[name][...] for name in _METRICS})
         if values["step"] < 0:
             return {}
         if _host_steps.get(self) not in (None, values["step"], values["step"] + 1):
@@ -132,32 +133,30 @@ class RoutedModule(nnx.Module):
         numbers = {
             name: values[name].item()
             for name in _METRICS
-            if self.scores() or not name.startswith("avg_")
+            if self._scores() or not name.startswith("avg_")
         }
         names = {"selection": self.config.selection, "scoring": scoring_name(self.config)}
         return numbers | names
 
-    def slots(self, shape: tuple[int, ...], config: RoutingConfig | None = None) -> int:
+    def _slots(self, shape: tuple[int, ...], config: RoutingConfig | None = None) -> int:
         """Capacity for a selection over ``(B, S)`` or ``(N,)`` tokens."""
         batch, length = shape if len(shape) == 2 else (1, *shape)
         return (config or self.config).capacity_at(self.capacity_ratio, batch, length)
 
-    def next_draw(self) -> Array:
+    def _next_draw(self) -> Array:
         """Number of this training forward; the counter moves on."""
         draw = self.draw_count[...]
         self.draw_count[...] = draw + 1
         return draw
 
-    def record(self, metrics: dict[str, Array]) -> None:
+    def _record(self, metrics: dict[str, Array]) -> None:
         """Keep the metrics on the device until somebody asks; averages may be absent."""
-        self.last_metrics.set_value(
-            {
-                name: metrics[name].astype(dtype) if name in metrics else jnp.full((), -1, dtype)
-                for name, dtype in _METRICS.items()
-            }
-        )
+        for name, dtype in _METRICS.items():
+            if name in metrics:
+                self.last_metrics[name][...] = metrics[name].astype(dtype)
 
-    def scores(self) -> bool:
+    # Private, since nnx.tabulate calls what is public with tracers.
+    def _scores(self) -> bool:
         """Whether anything is scored, of which there are averages."""
         return True
 

@@ -121,11 +121,11 @@ class CGGRScorer(RoutedModule):
             scores.difficulty,
             config,
             step=self.step_count[...],
-            draw=self.draw_count[...] if self.deterministic else self.next_draw(),
+            draw=self.draw_count[...] if self.deterministic else self._next_draw(),
             rank=rank,
             eligible=scores.eligible,
             confidence=statistics.confidence,
-            capacity=self.slots(scores.difficulty.shape),
+            capacity=self._slots(scores.difficulty.shape),
         )
         metrics = selection_metrics(
             step=self.step_count[...],
@@ -136,7 +136,7 @@ class CGGRScorer(RoutedModule):
             entropy=statistics.entropy,
             difficulty=scores.difficulty,
         )
-        self.record(metrics)
+        self._record(metrics)
         info = {
             "confidence": statistics.confidence,
             "entropy": statistics.entropy,

@@ -45,8 +45,8 @@ def selected_rows(selection: Selection, targets: Array, config: RoutingConfig) -
     n_selected = jnp.sum(selection.count, dtype=jnp.int32)
     weighted = config.selection == "importance"
     index_GC = jnp.atleast_2d(selection.indices)
-    groups, capacity = index_GC.shape
-    size = target_N.shape[0] // max(groups, 1)
+    capacity = index_GC.shape[1]
+    size = targets.shape[-1] if config.scope == "sequence" else target_N.shape[0]
     # Beyond the group, so that nothing is read or written, and unique, so that the transpose, a
     # scatter, needs no atomic additions.
     slot_C = jnp.arange(capacity, dtype=jnp.int32)
@@ -70,11 +70,12 @@ def every_row(targets: Array, ignore_index: int) -> SelectedRows:
 
 def _take(rows_NX: Array, index_GC: Array) -> Array:
     groups, capacity = index_GC.shape
-    rows_GMX = rows_NX.reshape(groups, -1, rows_NX.shape[-1])
+    size, width = rows_NX.shape[0] // max(groups, 1), rows_NX.shape[1]
+    rows_GMX = rows_NX.reshape(groups, size, width)
     take = jax.vmap(
         lambda rows, index: rows.at[index].get(mode="fill", fill_value=0, unique_indices=True)
     )
-    return take(rows_GMX, index_GC).reshape(groups * capacity, rows_NX.shape[-1])
+    return take(rows_GMX, index_GC).reshape(groups * capacity, width)
 
 
 def _put(weight_GC: Array, index_GC: Array, size: int) -> Array:

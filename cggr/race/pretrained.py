@@ -97,13 +97,19 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def _llama_shape(folder: Path, config: dict[str, Any]) -> DecoderShape:
     # transformers 5 writes rope_parameters; older versions, rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise RaceError(
+            f"--model {folder}: rope_parameters in config.json must be an object, got {rope!r}"
+        )
     for name, value, supported in (
         ("model_type", config.get("model_type"), "llama"),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("mlp_bias", config.get("mlp_bias", False), False),
-        ("attention_dropout", config.get("attention_dropout", 0.0), 0.0),
+        ("hidden_act", config.get("hidden_act") or "silu", "silu"),
+        ("attention_bias", config.get("attention_bias") or False, False),
+        ("mlp_bias", config.get("mlp_bias") or False, False),
+        ("attention_dropout", config.get("attention_dropout") or 0.0, 0.0),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+        ("quantization_config", config.get("quantization_config"), None),
     ):
         if value != supported:
             raise RaceError(
@@ -119,19 +125,34 @@ def _llama_shape(folder: Path, config: dict[str, Any]) -> DecoderShape:
             )
         return value
 
+    def number(name: str, value: Any, default: float) -> float:
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise RaceError(
+                f"--model {folder}: {name} in config.json must be a positive number, got {value!r}"
+            )
+        return float(value)
+
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise RaceError(
+            f"--model {folder}: num_key_value_heads in config.json must divide "
+            f"num_attention_heads {heads}, got {kv_heads}"
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
     return DecoderShape(
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=size("intermediate_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=size("num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_size=size("head_dim", hidden_size // heads),
         positions=size("max_position_embeddings"),
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
+        rope_theta=number("rope_theta", theta, 10000.0),
+        norm_epsilon=number("rms_norm_eps", config.get("rms_norm_eps"), 1e-6),
+        tied=bool(config.get("tie_word_embeddings", False)),
     )
 
 
@@ -141,7 +162,10 @@ def _read_weights(folder: Path) -> Weights:
     files = {"model.safetensors"}
     if (folder / "model.safetensors.index.json").is_file():
         index = _read_json(folder, "model.safetensors.index.json")
-        files = set(index.get("weight_map", {}).values())
+        parts = index.get("weight_map")
+        if not isinstance(parts, dict):
+            raise ValueError("model.safetensors.index.json has no weight_map")
+        files = set(parts.values())
     weights: Weights = {}
     for file in sorted(files):
         with safe_open(folder / file, framework="np") as tensors:

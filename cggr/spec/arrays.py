@@ -6,8 +6,13 @@ from typing import Any
 
 
 def device_of(x: Any) -> Any:
-    """Device for arrays created beside `x`; None, the default, for a tracer of ``jax.jit``."""
-    return getattr(x, "device", None)
+    """Device for arrays created beside `x`.
+
+    None, the default, for a tracer of ``jax.jit`` and for an array of JAX that is spread over many
+    devices, whose ``device`` is how it is spread.
+    """
+    device = getattr(x, "device", None)
+    return None if hasattr(device, "device_set") else device
 
 
 def index_dtype(xp: Any) -> Any:

@@ -156,8 +156,9 @@ class CGGRModel(nn.Module):
                 reference loss of the target that the position predicts.
             num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
                 loss becomes ``mean n_eligible / M``.
-            **model_inputs: Passed to router and model. Tensors of two or more dimensions whose
-                first is B are taken to belong to the sequences and follow the selection.
+            **model_inputs: Passed to router and model. Tensors whose first dimension is B, alone
+                or in a dict, list or tuple, are taken to belong to the sequences and follow the
+                selection.
 
         Returns:
             Scalar loss, float32 (float64 for float64 logits); a zero connected to the graph when
@@ -225,7 +226,7 @@ class CGGRModel(nn.Module):
                 selected_weight_C = selected_weight_C.new_zeros(1)
             unused_C = index_C == batch
             index_C = fill_unused(index_C, unused_C, batch)
-            model_inputs = _take_sequences(model_inputs, index_C, batch)
+            model_inputs = _take_sequences(model_inputs, index_C, targets.shape)
             targets = targets.index_select(0, index_C)
             targets = targets.masked_fill(unused_C[:, None], config.ignore_index)
             if config.selection == "importance":
@@ -293,14 +294,26 @@ def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Mod
     return TruncatedRouter(router, architecture="passthrough")
 
 
-def _take_sequences(inputs: dict[str, Any], index: Tensor, batch: int) -> dict[str, Any]:
+def _take_sequences(inputs: dict[str, Any], index: Tensor, shape: Any) -> dict[str, Any]:
+    """The inputs of the selected sequences of a ``(B, S)`` batch."""
+    batch, length = shape
+
     def take(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if isinstance(value, dict):
+            return {key: take(name, part) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(take(name, part) for part in value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if name == "position_ids" and value.dim() == 3:
             return value.index_select(1, index)
-        if value.dim() >= 2 and value.shape[0] == batch:
-            return value.index_select(0, index)
-        return value
+        if value.shape[0] != batch:
+            return value
+        if value.dim() == 1 and batch == length:
+            raise ValueError(
+                f"{name} of shape ({batch},) could belong to the {batch} sequences or to their "
+                f"{length} positions: give it two dimensions, (B, 1) or (1, S)."
+            )
+        return value.index_select(0, index)
 
     return {name: take(name, value) for name, value in inputs.items()}
