@@ -510,6 +510,29 @@ def test_a_local_model_is_fine_tuned(book, tmp_path):
             ),
         ),
         (
+            {"rope_parameters": [1]},
+            "rope_parameters in config.json must be an object, got [1]",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": "big"}},
+            "rope_theta in config.json must be a positive number, got 'big'",
+        ),
+        (
+            {"rms_norm_eps": -1},
+            "rms_norm_eps in config.json must be a positive number, got -1",
+        ),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2},
+            "num_key_value_heads in config.json must divide num_attention_heads 3, got 2",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            (
+                "--backend jax supports Llama models with quantization_config None, and this one "
+                "has {'bits': 4}; --backend torch loads any model"
+            ),
+        ),
+        (
             {"hidden_size": "gone"},
             "hidden_size in config.json must be a positive integer, got None",
         ),
