@@ -36,7 +36,7 @@ class Implementation(NamedTuple):
     weighted_nll_sum: Callable[[Array, Array, Array], Array]
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _xla_token_statistics(
     logits: Array, targets: Array | None, ignore_index: int
 ) -> TokenStatistics:

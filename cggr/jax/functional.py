@@ -181,13 +181,17 @@ def select_tokens(
 
 
 # Compiled, also where the caller is not: one program instead of a hundred operations, and arrays
-# that are spread over devices stay so.
+# that are spread over devices stay so. A caller that is compiled takes them up into its program.
 _STATIC = ("config", "capacity")
-_select_tokens = jax.jit(functools.partial(spec.select_tokens, xp=jnp), static_argnames=_STATIC)
-select_at_ratio = jax.jit(
-    functools.partial(selection.select_at_ratio, xp=jnp), static_argnames=_STATIC
+_select_tokens = jax.jit(
+    functools.partial(spec.select_tokens, xp=jnp), static_argnames=_STATIC, inline=True
 )
-token_ratio = jax.jit(functools.partial(schedule.token_ratio, xp=jnp), static_argnums=0)
+select_at_ratio = jax.jit(
+    functools.partial(selection.select_at_ratio, xp=jnp), static_argnames=_STATIC, inline=True
+)
+token_ratio = jax.jit(
+    functools.partial(schedule.token_ratio, xp=jnp), static_argnums=0, inline=True
+)
 
 
 def _word(name: str, value: Any) -> Any:
