@@ -1,5 +1,7 @@
 """CGGRModel for nnx: what it selects, what it trains on, and what it leaves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,3 +435,35 @@ def test_wide_labels_are_not_narrowed_in_silence():
     labels[0, 0] = 2**32 + 1
     with pytest.raises(ValueError, match="labels must be within 32 bits, got 0 to 4294967297"):
         CGGRModel(Bigram(table()))(ids, labels=labels)
+
+
+def test_what_is_the_models_own_stays_whole():
+    class Counting(Bigram):
+        def __call__(self, input_ids, count, key, out):
+            count[...] += 1
+            out["key"] = key
+            return super().__call__(input_ids)
+
+    ids, labels = labelled_batch(batch=2)
+    model = CGGRModel(Counting(table()), selection="random", min_tokens_ratio=0.5, **FIXED)
+    count, out = nnx.Variable(jnp.int32(0)), {}
+    key = jnp.array([0, 7], jnp.uint32)  # of two words, for two sequences
+    for _ in range(2):
+        model(ids, labels=np.abs(labels), count=count, key=key, out=out)
+    assert int(count[...]) == 2
+    np.testing.assert_array_equal(out["key"], key)
+
+
+def test_a_score_need_not_be_hashable():
+    @dataclasses.dataclass
+    class Score:
+        factor: float
+
+        def __call__(self, statistics):
+            return statistics.nll * self.factor
+
+    ids, labels = labelled_batch()
+    options = FIXED | {"selection": "topk"}
+    model = CGGRModel(Bigram(table()), scoring=Score(2.0), **options)
+    plain = CGGRModel(Bigram(table()), scoring="loss", **options)
+    assert float(model(ids, labels=labels)) == float(plain(ids, labels=labels))

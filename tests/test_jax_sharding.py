@@ -213,6 +213,23 @@ def test_a_model_on_a_sharded_batch(selection, placed):
     assert_close(result, expected)
 
 
+def test_inputs_of_one_dimension_are_spread_too():
+    class Shifted(Decoder):
+        def __call__(self, input_ids, shift):
+            return super().__call__(input_ids) + shift[:, None, None]
+
+    on, ids = mesh(), token_batch(batch=32)
+    shift = spread(jnp.zeros(32), P("data"), on)
+    sharding = NamedSharding(on, P("data", None))
+    model = CGGRModel(Shifted(), selection="random", sharding=sharding, **FIXED)
+    nnx.update(model, spread(nnx.state(model), P(), on))
+    run = nnx.jit(lambda model, ids, shift: model(ids, labels=ids, shift=shift))
+    loss = run(model, spread(ids, P("data"), on), shift)
+    plain = nnx.jit(lambda model, ids: model(ids, labels=ids))
+    expected = plain(CGGRModel(Decoder(), selection="random", **FIXED), ids)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
 def test_a_capacity_that_the_devices_do_not_divide():
     on, ids = mesh(), token_batch(batch=40)  # a quarter are 10 sequences, spread over 8 devices
     model = make_model("importance", NamedSharding(on, P("data")))

@@ -497,6 +497,11 @@ def test_tensors_of_the_sequences_follow_the_selection():
     ):
         _, rows, call = recorded_step(**{name: value})
         assert torch.equal(call[name], kept(rows)), name
+    _, _, call = recorded_step(cache_position=torch.arange(6))
+    assert torch.equal(call["cache_position"], torch.arange(6))
+    out = {}
+    _, _, call = recorded_step(out=out)
+    assert call["out"] is out
     _, rows, call = recorded_step(masks={"full": mask, "parts": [types, None]})
     assert torch.equal(call["masks"]["full"], mask[rows])
     assert torch.equal(call["masks"]["parts"][0], types[rows])

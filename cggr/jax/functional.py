@@ -6,9 +6,11 @@ leading shape ``...``, flattened row-major), ``D`` hidden size, ``V`` classes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +58,8 @@ def token_statistics(
     logits = checked_logits(logits)
     if targets is not None:
         targets = checked_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
-    return dispatch.token_statistics(jax.lax.stop_gradient(logits), targets, ignore_index)
+    ignored = operator.index(ignore_index)
+    return dispatch.token_statistics(jax.lax.stop_gradient(logits), targets, ignored)
 
 
 def linear_token_statistics(
@@ -100,6 +103,7 @@ def linear_token_statistics(
     if targets is not None:
         targets = checked_targets(targets, shape, n_classes, ignore_index).reshape(-1)
     hidden, weight, bias = jax.lax.stop_gradient((hidden, weight, bias))
+    ignore_index = operator.index(ignore_index)
 
     def statistics(rows: tuple[Array, Array | None]) -> TokenStatistics:
         hidden_RD, targets_R = rows
@@ -170,7 +174,7 @@ def select_tokens(
         raise ValueError(f"step must not be negative, got {step}.")
     return _select_tokens(
         difficulty,
-        config,
+        selection_options(config),
         step=_word("step", step),
         draw=_word("draw", draw),
         rank=_word("rank", rank),
@@ -183,6 +187,13 @@ def select_tokens(
 # Compiled, also where the caller is not: one program instead of a hundred operations, and arrays
 # that are spread over devices stay so. A caller that is compiled takes them up into its program.
 _STATIC = ("config", "capacity")
+
+
+def selection_options(config: RoutingConfig) -> RoutingConfig:
+    """The options without the score, which a selection does not read: a key for compilations."""
+    return dataclasses.replace(config, scoring="combined")
+
+
 _select_tokens = jax.jit(
     functools.partial(spec.select_tokens, xp=jnp), static_argnames=_STATIC, inline=True
 )
@@ -206,7 +217,9 @@ def _word(name: str, value: Any) -> Any:
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     number = int(value)
-    if not -(2**31) <= number < 2**31:
+    if name != "step":  # a word of the hash
+        return (number + 2**31) % 2**32 - 2**31
+    if not number < 2**31:
         raise ValueError(f"{name} must be within 32 bits, got {number}.")
     return number
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
@@ -21,6 +23,7 @@ from cggr.jax.functional import (
     checked_logits,
     checked_targets,
     select_at_ratio,
+    selection_options,
     token_ratio,
 )
 from cggr.jax.router import TruncatedRouter, logits_of
@@ -104,7 +107,8 @@ class CGGRModel(RoutedModule):
         self.router = None if router is None else _checked_router(model, router)
         # Sequences are kept whole, so there is no floor of tokens in each of them.
         aware = self.config.selection == "sequence_aware"
-        self._rule = dataclasses.replace(self.config, selection="topk") if aware else self.config
+        rule = "topk" if aware else self.config.selection
+        self._rule = selection_options(dataclasses.replace(self.config, selection=rule))
 
     def _scores(self) -> bool:
         """Whether anything is scored: the random control needs no score and pays for none."""
@@ -136,8 +140,8 @@ class CGGRModel(RoutedModule):
             num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
                 loss becomes ``mean n_eligible / M``.
             **model_inputs: Passed to router and model, None included (positions, cache, ...).
-                Arrays whose first dimension is B, alone or inside a pytree, are taken to belong
-                to the sequences and follow the selection.
+                Arrays whose first dimension is B, alone or in a dict, list or tuple, are taken
+                to belong to the sequences and follow the selection; raw PRNG keys are not.
 
         Returns:
             Scalar loss, float32 (float64 for float64 logits); 0 when nothing is eligible. Without
@@ -178,7 +182,7 @@ class CGGRModel(RoutedModule):
         mean_difficulty_B, scored = self._score(inputs, targets, eligible, reference_nll)
         config, batch = self.config, targets.shape[0]
         step = self.step_count[...].reshape(1)
-        ratio = token_ratio(config, step, scored.get("confidence"), eligible)
+        ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
         selection = select_at_ratio(
             mean_difficulty_B,
             self._rule,
@@ -191,11 +195,7 @@ class CGGRModel(RoutedModule):
         # Unused slots repeat the last sequence, with nothing in it to learn.
         index_C, weight_C = selection.indices, selection.weights
         inputs = {
-            name: jax.tree.map(
-                lambda x, name=name: self._take(x, index_C) if _follows(name, x, targets) else x,
-                value,
-            )
-            for name, value in inputs.items()
+            name: self._take_part(name, value, index_C, targets) for name, value in inputs.items()
         }
         targets = self._take(targets, index_C)
         targets = jnp.where(index_C[:, None] < batch, targets, config.ignore_index)
@@ -249,11 +249,27 @@ class CGGRModel(RoutedModule):
             "difficulty": scores.difficulty,
         }
 
+    def _take_part(self, name: str, value: Any, index_C: Array, targets: Array) -> Any:
+        """What of a model's input belongs to the selected sequences; the rest as it is."""
+        # Exact types: a module, a Variable, a cache is the model's own, and its state stays whole.
+        if type(value) is dict:
+            parts = {k: self._take_part(name, x, index_C, targets) for k, x in value.items()}
+            return parts if any(parts[key] is not value[key] for key in parts) else value
+        if type(value) in (list, tuple):
+            taken = [self._take_part(name, x, index_C, targets) for x in value]
+            changed = any(new is not old for new, old in zip(taken, value, strict=True))
+            return type(value)(taken) if changed else value
+        return self._take(value, index_C) if _follows(name, value, targets) else value
+
     def _take(self, x: Array, index_C: Array) -> Array:
         taken = jnp.take(x, index_C, axis=0, mode="clip")
-        if self.sharding is None:
+        sharding = self.sharding
+        if sharding is None:
             return taken
-        return jax.lax.with_sharding_constraint(taken, self.sharding)
+        if isinstance(sharding, NamedSharding):
+            spec = PartitionSpec(*sharding.spec[: taken.ndim])
+            sharding = NamedSharding(sharding.mesh, spec)
+        return jax.lax.with_sharding_constraint(taken, sharding)
 
     def _loss_sum(
         self, inputs: dict[str, Any], targets: Array, weight_C: Array | None, name: str
@@ -298,9 +314,11 @@ def _parameters(module: nnx.Module) -> set[int]:
 def _follows(name: str, x: Any, targets: Array) -> bool:
     """Whether an array among the model's inputs belongs to the sequences of the batch."""
     batch, length = targets.shape
-    if jnp.ndim(x) == 0 or jnp.shape(x)[0] != batch:
+    if not isinstance(x, (Array, np.ndarray)) or x.ndim == 0 or x.shape[0] != batch:
         return False
-    if jnp.ndim(x) == 1 and batch == length:
+    if x.ndim == 1 and x.dtype == jnp.uint32:  # a raw PRNG key
+        return False
+    if x.ndim == 1 and batch == length:
         raise ValueError(
             f"{name} of shape ({batch},) could belong to the {batch} sequences or to their "
             f"{length} positions: give it two dimensions, (B, 1) or (1, S)."

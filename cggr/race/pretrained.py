@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,10 @@ def _llama_shape(folder: Path, config: dict[str, Any]) -> DecoderShape:
         ("mlp_bias", config.get("mlp_bias") or False, False),
         ("attention_dropout", config.get("attention_dropout") or 0.0, 0.0),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
-        ("quantization_config", config.get("quantization_config"), None),
+        ("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0, 1.0),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor") or 1.0, 1.0),
+        ("rope_parameters by layer", any(isinstance(x, dict) for x in rope.values()), False),
+        ("quantization_config", config.get("quantization_config") or None, None),
     ):
         if value != supported:
             raise RaceError(
@@ -127,7 +130,11 @@ def _llama_shape(folder: Path, config: dict[str, Any]) -> DecoderShape:
 
     def number(name: str, value: Any, default: float) -> float:
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
             raise RaceError(
                 f"--model {folder}: {name} in config.json must be a positive number, got {value!r}"
             )
@@ -140,7 +147,8 @@ def _llama_shape(folder: Path, config: dict[str, Any]) -> DecoderShape:
             f"--model {folder}: num_key_value_heads in config.json must divide "
             f"num_attention_heads {heads}, got {kv_heads}"
         )
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+    theta = rope.get("rope_theta")
+    theta = config.get("rope_theta") if theta is None else theta
     return DecoderShape(
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
@@ -163,7 +171,7 @@ def _read_weights(folder: Path) -> Weights:
     if (folder / "model.safetensors.index.json").is_file():
         index = _read_json(folder, "model.safetensors.index.json")
         parts = index.get("weight_map")
-        if not isinstance(parts, dict):
+        if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
             raise ValueError("model.safetensors.index.json has no weight_map")
         files = set(parts.values())
     weights: Weights = {}

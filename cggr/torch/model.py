@@ -299,11 +299,15 @@ def _take_sequences(inputs: dict[str, Any], index: Tensor, shape: Any) -> dict[s
     batch, length = shape
 
     def take(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: take(name, part) for key, part in value.items()}
+        # Exact types: a cache, an output or a named tuple is the model's own and stays whole.
+        if type(value) is dict:
+            parts = {key: take(name, part) for key, part in value.items()}
+            return parts if any(parts[key] is not value[key] for key in parts) else value
         if type(value) in (list, tuple):
-            return type(value)(take(name, part) for part in value)
-        if not isinstance(value, Tensor) or value.dim() == 0:
+            taken = [take(name, part) for part in value]
+            changed = any(new is not old for new, old in zip(taken, value, strict=True))
+            return type(value)(taken) if changed else value
+        if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
             return value
         if name == "position_ids" and value.dim() == 3:
             return value.index_select(1, index)
