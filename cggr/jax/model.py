@@ -6,6 +6,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -31,6 +32,7 @@ from cggr.jax.routing import RoutedModule, selection_metrics
 from cggr.jax.scorer import checked_module, checked_shift, score, with_mask
 from cggr.jax.selected import SelectedRows, every_row, reduce_loss
 from cggr.spec import RoutingConfig
+from cggr.spec.inputs import follows_sequences, map_parts
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +182,7 @@ class CGGRModel(RoutedModule):
     ) -> tuple[dict[str, Any], Array, Array | None]:
         """Inputs, targets and weights of the sequences to train on."""
         mean_difficulty_B, scored = self._score(inputs, targets, eligible, reference_nll)
-        config, batch = self.config, targets.shape[0]
+        config, shape = self.config, targets.shape
         step = self.step_count[...].reshape(1)
         ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
         selection = select_at_ratio(
@@ -190,15 +192,19 @@ class CGGRModel(RoutedModule):
             draw=self._next_draw(),
             rank=rank,
             eligible=jnp.any(eligible, axis=1),
-            capacity=self._sequences(*targets.shape),
+            capacity=self._sequences(*shape),
         )
         # Unused slots repeat the last sequence, with nothing in it to learn.
         index_C, weight_C = selection.indices, selection.weights
+
+        def take(name: str, x: Any) -> Any:
+            return self._take(x, index_C) if _follows(name, x, shape) else x
+
         inputs = {
-            name: self._take_part(name, value, index_C, targets) for name, value in inputs.items()
+            name: map_parts(functools.partial(take, name), value) for name, value in inputs.items()
         }
         targets = self._take(targets, index_C)
-        targets = jnp.where(index_C[:, None] < batch, targets, config.ignore_index)
+        targets = jnp.where(index_C[:, None] < shape[0], targets, config.ignore_index)
         self._record(
             selection_metrics(
                 step=step,
@@ -248,18 +254,6 @@ class CGGRModel(RoutedModule):
             "entropy": scores.statistics.entropy,
             "difficulty": scores.difficulty,
         }
-
-    def _take_part(self, name: str, value: Any, index_C: Array, targets: Array) -> Any:
-        """What of a model's input belongs to the selected sequences; the rest as it is."""
-        # Exact types: a module, a Variable, a cache is the model's own, and its state stays whole.
-        if type(value) is dict:
-            parts = {k: self._take_part(name, x, index_C, targets) for k, x in value.items()}
-            return parts if any(parts[key] is not value[key] for key in parts) else value
-        if type(value) in (list, tuple):
-            taken = [self._take_part(name, x, index_C, targets) for x in value]
-            changed = any(new is not old for new, old in zip(taken, value, strict=True))
-            return type(value)(taken) if changed else value
-        return self._take(value, index_C) if _follows(name, value, targets) else value
 
     def _take(self, x: Array, index_C: Array) -> Array:
         taken = jnp.take(x, index_C, axis=0, mode="clip")
@@ -311,16 +305,10 @@ def _parameters(module: nnx.Module) -> set[int]:
     return {id(x) for _, x in nnx.iter_graph(module) if isinstance(x, nnx.Param)}
 
 
-def _follows(name: str, x: Any, targets: Array) -> bool:
+def _follows(name: str, x: Any, shape: tuple[int, ...]) -> bool:
     """Whether an array among the model's inputs belongs to the sequences of the batch."""
-    batch, length = targets.shape
-    if not isinstance(x, (Array, np.ndarray)) or x.ndim == 0 or x.shape[0] != batch:
+    if not isinstance(x, (Array, np.ndarray)):
         return False
     if x.ndim == 1 and x.dtype == jnp.uint32:  # a raw PRNG key
         return False
-    if x.ndim == 1 and batch == length:
-        raise ValueError(
-            f"{name} of shape ({batch},) could belong to the {batch} sequences or to their "
-            f"{length} positions: give it two dimensions, (B, 1) or (1, S)."
-        )
-    return True
+    return follows_sequences(name, x.shape, *shape)

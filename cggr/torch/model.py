@@ -6,6 +6,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig
+from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
 from cggr.torch.functional import aligned_targets, checked_targets
@@ -296,28 +298,13 @@ def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Mod
 
 def _take_sequences(inputs: dict[str, Any], index: Tensor, shape: Any) -> dict[str, Any]:
     """The inputs of the selected sequences of a ``(B, S)`` batch."""
-    batch, length = shape
 
     def take(name: str, value: Any) -> Any:
-        # Exact types: a cache, an output or a named tuple is the model's own and stays whole.
-        if type(value) is dict:
-            parts = {key: take(name, part) for key, part in value.items()}
-            return parts if any(parts[key] is not value[key] for key in parts) else value
-        if type(value) in (list, tuple):
-            taken = [take(name, part) for part in value]
-            changed = any(new is not old for new, old in zip(taken, value, strict=True))
-            return type(value)(taken) if changed else value
-        if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
+        if not isinstance(value, Tensor) or name == "cache_position":
             return value
         if name == "position_ids" and value.dim() == 3:
             return value.index_select(1, index)
-        if value.shape[0] != batch:
-            return value
-        if value.dim() == 1 and batch == length:
-            raise ValueError(
-                f"{name} of shape ({batch},) could belong to the {batch} sequences or to their "
-                f"{length} positions: give it two dimensions, (B, 1) or (1, S)."
-            )
-        return value.index_select(0, index)
+        follows = follows_sequences(name, tuple(value.shape), *shape)
+        return value.index_select(0, index) if follows else value
 
-    return {name: take(name, value) for name, value in inputs.items()}
+    return {name: map_parts(functools.partial(take, name), value) for name, value in inputs.items()}
