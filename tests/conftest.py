@@ -66,11 +66,11 @@ def no_float64(request):
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Makes losses and statistics work on so many rows at a time: many chunks on small inputs."""
-    from cggr.torch import functional
+    from cggr.torch import eager
 
     def set_rows(rows, classes, cached_rows=None):
-        monkeypatch.setattr(functional, "_CPU_PRODUCT", rows * classes)
-        monkeypatch.setattr(functional, "_CPU_CACHE", (cached_rows or rows) * classes)
+        monkeypatch.setattr(eager, "_CPU_PRODUCT", rows * classes)
+        monkeypatch.setattr(eager, "_CPU_CACHE", (cached_rows or rows) * classes)
 
     return set_rows
 

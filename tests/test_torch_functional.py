@@ -12,7 +12,7 @@ import truth
 
 from cggr.torch import (
     RoutingConfig,
-    functional,
+    eager,
     linear_token_statistics,
     select_tokens,
     token_difficulty,
@@ -168,7 +168,7 @@ def test_chunk_boundaries_change_no_bit(chunks_of, rows, cached_rows):
 
 def test_each_row_is_read_once_whatever_the_chunk(chunks_of):
     chunks_of(5, 13)
-    slices = list(functional.row_chunks(23, 13, torch.device("cpu")))
+    slices = list(eager.row_chunks(23, 13, torch.device("cpu")))
     assert [(part.start, part.stop) for part in slices] == [
         (0, 5),
         (5, 10),
@@ -177,7 +177,7 @@ def test_each_row_is_read_once_whatever_the_chunk(chunks_of):
         (20, 23),
     ]
     # A row wider than the budget still has a chunk of its own.
-    assert len(list(functional.row_chunks(3, 10_000, torch.device("cpu")))) == 3
+    assert len(list(eager.row_chunks(3, 10_000, torch.device("cpu")))) == 3
 
 
 def test_logits_of_minus_infinity_are_classes_that_cannot_be():

@@ -1,4 +1,4 @@
-"""The spec on tensors: statistics in row chunks, difficulty, selection.
+"""The spec on tensors: statistics, difficulty, selection.
 
 Shapes: ``N`` tokens (any leading shape ``...``, flattened row-major), ``D`` hidden size, ``V``
 classes.
@@ -7,7 +7,7 @@ classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -16,11 +16,7 @@ from torch import Tensor
 
 from cggr import spec
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
-
-# How many logits are worked on at a time. A head's product wants many rows; on the CPU, what
-# follows it wants them to stay in the cache. An accelerator wants few launches.
-_CPU_PRODUCT, _CPU_CACHE = 1 << 20, 1 << 18
-_ACCELERATOR = 1 << 26
+from cggr.torch import dispatch
 
 
 def token_statistics(
@@ -55,7 +51,9 @@ def token_statistics(
     check_logits(logits)
     if targets is not None:
         targets = checked_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
-    return chunked_statistics(logits, lambda rows: rows, logits.shape[-1], targets, ignore_index)
+    return (
+        dispatch.implementation(logits).token_statistics(logits, targets, ignore_index).statistics
+    )
 
 
 def linear_token_statistics(
@@ -95,14 +93,12 @@ def linear_token_statistics(
         True
     """
     check_linear(hidden, weight, bias, softcap)
-    n_classes = weight.shape[0]
     if targets is not None:
-        targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
-
-    def project(rows: Tensor) -> Tensor:
-        return linear_logits(rows, weight, bias, logit_scale, softcap)
-
-    return chunked_statistics(hidden, project, n_classes, targets, ignore_index)
+        targets = checked_targets(targets, hidden.shape[:-1], weight.shape[0], ignore_index)
+    scored = dispatch.implementation(hidden).linear_token_statistics(
+        hidden, weight, bias, targets, ignore_index, logit_scale, softcap
+    )
+    return scored.statistics
 
 
 def token_difficulty(
@@ -194,74 +190,6 @@ def padding_of(attention_mask: Any, shape: Any) -> Tensor | None:
             f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}."
         )
     return attention_mask == 0
-
-
-def linear_logits(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """``softcap tanh(logit_scale (rows weight^T + bias) / softcap)``."""
-    logits = torch.nn.functional.linear(rows, weight, bias)
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def chunked_statistics(
-    rows: Tensor,
-    project: Callable[[Tensor], Tensor],
-    n_classes: int,
-    targets: Tensor | None,
-    ignore_index: int,
-) -> TokenStatistics:
-    """Statistics of ``project(rows)``, computed for a bounded number of rows at a time.
-
-    Args:
-        rows: ``(..., D)``.
-        project: ``(n, D) -> (n, V)`` logits.
-        n_classes: V.
-        targets: ``(...)`` or None.
-        ignore_index: Target that is not scored.
-    """
-    shape = rows.shape[:-1]
-    rows_ND = rows.detach().reshape(-1, rows.shape[-1])
-    targets_N = None if targets is None else targets.reshape(-1)
-    n_rows = rows_ND.shape[0]
-    columns: list[Tensor | None] = []
-    with torch.no_grad():
-        for part in row_chunks(n_rows, n_classes, rows.device):
-            logits = project(rows_ND[part])
-            for inner in row_chunks(logits.shape[0], n_classes, rows.device, cached=True):
-                some = slice(part.start + inner.start, part.start + inner.stop)
-                chunk = spec.token_statistics(
-                    logits[inner],
-                    None if targets_N is None else targets_N[some],
-                    ignore_index=ignore_index,
-                    xp=xp,
-                )
-                # One allocation up front: small results kept between large temporaries would
-                # fragment the CPU's heap to many times its need.
-                columns = columns or [None if x is None else x.new_empty(n_rows) for x in chunk]
-                for column, value in zip(columns, chunk, strict=True):
-                    if column is not None:
-                        column[some] = value
-    return TokenStatistics(*(None if x is None else x.reshape(shape) for x in columns))
-
-
-def row_chunks(
-    n_rows: int, n_classes: int, device: torch.device, *, cached: bool = False
-) -> Iterator[slice]:
-    """Slices of rows whose logits fit the budget; one empty slice when there are no rows."""
-    budget = _ACCELERATOR
-    # A compiler unrolls the loop: it gets few large chunks on the CPU too.
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        budget = _CPU_CACHE if cached else _CPU_PRODUCT
-    size = max(1, budget // max(n_classes, 1))
-    for start in range(0, max(n_rows, 1), size):
-        yield slice(start, min(start + size, n_rows))
 
 
 def check_logits(logits: Tensor) -> None:

@@ -14,25 +14,17 @@ from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig, TokenStatistics
 from cggr.spec.schedule import ONE
+from cggr.torch.dispatch import implementation
 from cggr.torch.functional import (
     autocast_dtype,
     check_linear,
     check_logits,
     checked_targets,
-    linear_token_statistics,
     select_tokens,
     token_difficulty,
-    token_statistics,
 )
 from cggr.torch.routing import RoutedModule, process_rank
-from cggr.torch.selected import (
-    SelectedRows,
-    cross_entropy_sum,
-    every_row,
-    linear_cross_entropy_sum,
-    reduce_loss,
-    selected_rows,
-)
+from cggr.torch.selected import SelectedRows, every_row, reduce_loss, selected_rows
 
 
 class _SelectiveLoss(RoutedModule):
@@ -179,16 +171,17 @@ class CGGRLoss(_SelectiveLoss):
             )
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
         targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+        operations, scored = implementation(logits), None
         if self.training:
-            statistics = token_statistics(logits, targets, ignore_index=ignore_index)
-            rows = self._select(statistics, targets, reference_nll, n_classes)
+            scored = operations.token_statistics(logits, targets, ignore_index)
+            rows = self._select(scored.statistics, targets, reference_nll, n_classes)
         else:
             rows = every_row(targets, n_classes, ignore_index)
-        logits_RV = rows.take(logits.reshape(-1, n_classes))
+        logits_NV = logits.reshape(-1, n_classes)
         if self.base_loss is None:
-            total = cross_entropy_sum(logits_RV, rows, ignore_index)
+            total = operations.cross_entropy_sum(logits_NV, rows, ignore_index, scored)
         else:
-            total = self._base_loss_sum(logits_RV, rows)
+            total = self._base_loss_sum(rows.take(logits_NV), rows)
         n_eligible = (targets != ignore_index).sum()
         return reduce_loss(total, rows, n_eligible, self.reduction, num_items_in_batch)
 
@@ -285,27 +278,18 @@ class CGGRLinearLoss(_SelectiveLoss):
             hidden, weight = hidden.to(low_precision), weight.to(low_precision)
             bias = None if bias is None else bias.to(low_precision)
         with _without_autocast(hidden.device.type):
+            operations, scored = implementation(hidden), None
+            head = (self.logit_scale, self.softcap)
             if self.training:
-                statistics = linear_token_statistics(
-                    hidden,
-                    weight,
-                    targets,
-                    bias=bias,
-                    logit_scale=self.logit_scale,
-                    softcap=self.softcap,
-                    ignore_index=ignore_index,
+                scored = operations.linear_token_statistics(
+                    hidden, weight, bias, targets, ignore_index, *head
                 )
-                rows = self._select(statistics, targets, reference_nll, n_classes)
+                rows = self._select(scored.statistics, targets, reference_nll, n_classes)
             else:
                 rows = every_row(targets, n_classes, ignore_index)
-            total = linear_cross_entropy_sum(
-                rows.take(hidden.reshape(-1, hidden.shape[-1])),
-                weight,
-                bias,
-                rows,
-                ignore_index,
-                self.logit_scale,
-                self.softcap,
+            hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+            total = operations.linear_cross_entropy_sum(
+                hidden_ND, weight, bias, rows, ignore_index, *head, scored
             )
             n_eligible = (targets != ignore_index).sum()
             return reduce_loss(total, rows, n_eligible, self.reduction, num_items_in_batch)

@@ -18,6 +18,7 @@ from cggr.spec import RoutingConfig
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
+from cggr.torch.dispatch import implementation
 from cggr.torch.functional import aligned_targets, checked_targets
 from cggr.torch.router import (
     TruncatedRouter,
@@ -30,7 +31,7 @@ from cggr.torch.router import (
 )
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
-from cggr.torch.selected import SelectedRows, cross_entropy_sum, every_row, fill_unused, reduce_loss
+from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,9 @@ class CGGRModel(nn.Module):
         rows = every_row(targets, n_classes, ignore_index)
         if weight_C is not None:
             rows = rows._replace(weight_R=weight_C.repeat_interleave(targets.shape[1]))
-        return cross_entropy_sum(logits.reshape(-1, n_classes), rows, ignore_index), rows
+        logits_NV = logits.reshape(-1, n_classes)
+        total = implementation(logits).cross_entropy_sum(logits_NV, rows, ignore_index, None)
+        return total, rows
 
 
 def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Module:

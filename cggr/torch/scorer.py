@@ -5,7 +5,6 @@ Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig, TokenStatistics
 from cggr.spec.schedule import ONE
+from cggr.torch.dispatch import implementation
 from cggr.torch.functional import (
     aligned_targets,
     check_logits,
     checked_targets,
-    chunked_statistics,
     padding_of,
     select_tokens,
     token_difficulty,
@@ -156,14 +155,13 @@ class CGGRScorer(RoutedModule):
     ) -> Scores:
         """Difficulty, eligibility and statistics of every position, given aligned targets."""
         router, ignore_index = self.router, self.config.ignore_index
-        project: Callable[[Tensor], Tensor]
-        if isinstance(router, TruncatedRouter) and not router.passthrough:
-            rows = router.hidden_states(**model_inputs)
-            project, n_classes = router.project, router.n_classes
+        truncated = isinstance(router, TruncatedRouter) and not router.passthrough
+        if truncated:
+            rows, n_classes = router.hidden_states(**model_inputs), router.n_classes
         else:
             rows = logits_of(call_model(router, self._cache_switch | model_inputs))
             check_logits(rows)
-            project, n_classes = _identity, rows.shape[-1]
+            n_classes = rows.shape[-1]
         if rows.dim() != 3:
             raise ValueError(
                 f"router must return logits of shape (B, S, V), got {tuple(rows.shape)}."
@@ -182,7 +180,14 @@ class CGGRScorer(RoutedModule):
                 shifted=self.shifts_labels(),
             )
             eligible = targets != ignore_index
-        statistics = chunked_statistics(rows, project, n_classes, targets, ignore_index)
+        operations = implementation(rows)
+        if truncated:
+            scored = operations.chunked_statistics(
+                rows, router.project, n_classes, targets, ignore_index
+            )
+        else:
+            scored = operations.token_statistics(rows, targets, ignore_index)
+        statistics = scored.statistics
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
         return Scores(torch.where(eligible, difficulty, 0), eligible, statistics)
 
@@ -191,7 +196,3 @@ class CGGRScorer(RoutedModule):
         if self.shift_labels == "auto":
             return is_causal(unwrapped(self.router))
         return bool(self.shift_labels)
-
-
-def _identity(rows: Tensor) -> Tensor:
-    return rows

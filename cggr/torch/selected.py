@@ -1,19 +1,29 @@
-"""Selected rows of a batch, their cross-entropy, and what makes a mean of it.
+"""Selected rows of a batch, and what makes a mean of their loss.
 
-Shapes: ``B`` sequences of ``S`` tokens, ``N = B S``; ``R`` rows (slots in use or not); ``D`` hidden
-size, ``V`` classes.
+Shapes: ``B`` sequences of ``S`` tokens, ``N = B S``; ``R`` rows (slots in use or not); ``V``
+classes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cggr.spec import Selection
-from cggr.torch.functional import linear_logits, row_chunks
+from cggr.spec import Selection, TokenStatistics
+
+
+class Scored(NamedTuple):
+    """What a scoring pass leaves to the loss.
+
+    Attributes:
+        statistics: Of every token.
+        logsumexp: Of every token's logits, where the implementation has it and its loss needs it.
+    """
+
+    statistics: TokenStatistics
+    logsumexp: Tensor | None
 
 
 class SelectedRows(NamedTuple):
@@ -107,123 +117,6 @@ def _labels(target_R: Tensor, n_classes: int, ignore_index: int) -> tuple[Tensor
     ignored = target_R == ignore_index
     wrong = ((target_R < 0) | (target_R >= n_classes)) & ~ignored
     return target_R.masked_fill(wrong, ignore_index), torch.where(wrong, torch.nan, 0.0).sum()
-
-
-def cross_entropy_sum(logits_RV: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
-    """``Σ w nll`` of the rows' logits, in float32 (float64 for float64)."""
-    if logits_RV.dtype != torch.float64:
-        logits_RV = logits_RV.float()
-    if rows.weight_R is None:
-        # torch's own sum, so that over all rows it is torch's dense loss to the last bit.
-        total = F.cross_entropy(logits_RV, rows.label_R, ignore_index=ignore_index, reduction="sum")
-    else:
-        nll_R = F.cross_entropy(
-            logits_RV, rows.label_R, ignore_index=ignore_index, reduction="none"
-        )
-        total = (rows.weight_R.to(nll_R.dtype) * nll_R).sum()
-    return total + rows.fault
-
-
-def linear_cross_entropy_sum(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    rows: SelectedRows,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """:func:`cross_entropy_sum` of a linear head, one chunk of logits in memory at a time."""
-    total = _LinearCrossEntropy.apply(
-        hidden_RD,
-        weight_VD,
-        bias_V,
-        rows.label_R,
-        rows.weight_R,
-        ignore_index,
-        logit_scale,
-        softcap,
-    )
-    return total + rows.fault
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """``Σ_r w_r nll_r`` of a linear head.
-
-    With ``z = h W^T + b``, ``x = c tanh(s z / c)`` and ``g = w (softmax(x) - onehot(y))``, the
-    gradient is ``dz = g s (1 - (x / c)²)``, ``dh = dz W``, ``dW = dz^T h``, ``db = Σ dz``. The
-    backward pass computes the logits again, chunk by chunk. (Gradients computed beside the forward
-    pass would save that product; in float16 they would underflow, since the gradient scaler's
-    factor is not known yet.)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        label_R: Tensor,
-        weight_R: Tensor | None,
-        ignore_index: int,
-        logit_scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        dtype = _accumulator(hidden_RD)
-        row_weight_R = (label_R != ignore_index).to(dtype)
-        if weight_R is not None:
-            row_weight_R = row_weight_R * weight_R.to(dtype)
-        total = torch.zeros((), dtype=dtype, device=hidden_RD.device)
-        for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], hidden_RD.device):
-            logits = linear_logits(hidden_RD[part], weight_VD, bias_V, logit_scale, softcap)
-            nll = F.cross_entropy(
-                logits.to(dtype), label_R[part], ignore_index=ignore_index, reduction="none"
-            )
-            # Not in place: torch 2.11's compiler then loses the gradient of this function.
-            total = total + (row_weight_R[part] * nll).sum()
-        # A row that is ignored has weight 0 and may name no class: class 0 stands in for it.
-        class_R = label_R.masked_fill(label_R == ignore_index, 0)
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R)
-        ctx.logit_scale, ctx.softcap = logit_scale, softcap
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, bias_V, class_R, row_weight_R = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = _accumulator(hidden_RD)
-        d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
-        d_bias = torch.zeros_like(bias_V, dtype=dtype) if need_bias else None
-        row_grad_R1 = (row_weight_R * grad)[:, None]
-        for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], hidden_RD.device):
-            hidden, row_grad = hidden_RD[part], row_grad_R1[part]
-            logits = linear_logits(hidden, weight_VD, bias_V, ctx.logit_scale, ctx.softcap)
-            logits = logits.to(dtype)
-            d_logits = torch.softmax(logits, dim=-1)
-            d_logits.scatter_add_(1, class_R[part, None], torch.full_like(row_grad, -1.0))
-            d_logits *= row_grad * ctx.logit_scale
-            if ctx.softcap is not None:
-                d_logits *= 1 - (logits / ctx.softcap) ** 2
-            d_logits.masked_fill_(row_grad == 0, 0)  # an ignored row may hold anything: 0 * NaN
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight_VD
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden.masked_fill(row_grad == 0, 0)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight_VD.dtype),
-            None if d_bias is None else d_bias.to(bias_V.dtype),
-            *(None,) * 5,
-        )
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def reduce_loss(

@@ -1,0 +1,225 @@
+"""The operations by the Triton kernels: float32, bfloat16 and float16.
+
+The scoring pass leaves every row's nll and logsumexp: the loss of the selected rows costs nothing
+more, and their gradient no second softmax.
+
+Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr.spec import TokenStatistics
+from cggr.torch import ops
+from cggr.torch.selected import Scored, SelectedRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def token_statistics(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Scored:
+    """Statistics of every row of logits ``(..., V)``."""
+    logits, shape = logits.detach(), logits.shape[:-1]
+    if logits.dim() == 3 and logits.stride(0) != shape[1] * logits.stride(1):
+        # Such as logits[:, :-1], whose rows no single stride reaches: each sequence on its own.
+        parts = [
+            ops.token_statistics(
+                logits[row], None if targets is None else targets[row], ignore_index
+            )
+            for row in range(shape[0])
+        ]
+        out_6N = torch.cat(parts, dim=1)
+    else:
+        target_N = None if targets is None else targets.reshape(-1)
+        out_6N = ops.token_statistics(logits.reshape(-1, logits.shape[-1]), target_N, ignore_index)
+    return _scored(out_6N, shape, targets is not None)
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> Scored:
+    """Statistics of a linear head's logits."""
+    out_6N = ops.linear_token_statistics(
+        hidden.detach().reshape(-1, hidden.shape[-1]),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        None if targets is None else targets.reshape(-1),
+        ignore_index,
+        logit_scale,
+        softcap,
+    )
+    return _scored(out_6N, hidden.shape[:-1], targets is not None)
+
+
+def chunked_statistics(
+    rows: Tensor,
+    project: Callable[[Tensor], Tensor],
+    n_classes: int,
+    targets: Tensor | None,
+    ignore_index: int,
+) -> Scored:
+    """Statistics of ``project(rows)``, whose logits are in memory a chunk of rows at a time."""
+    rows_ND = rows.detach().reshape(-1, rows.shape[-1])
+    target_N = None if targets is None else targets.reshape(-1)
+    size = ops.chunk_size(rows_ND.shape[0], n_classes)
+    with torch.no_grad():
+        parts = [
+            ops.token_statistics(
+                project(rows_ND[first : first + size]),
+                None if target_N is None else target_N[first : first + size],
+                ignore_index,
+            )
+            for first in range(0, max(rows_ND.shape[0], 1), size)
+        ]
+    return _scored(torch.cat(parts, dim=1), rows.shape[:-1], targets is not None)
+
+
+def _scored(out_6N: Tensor, shape: Any, has_targets: bool) -> Scored:
+    columns = out_6N.reshape(6, *shape).unbind()
+    entropy, confidence, margin, logsumexp, nll, error_norm = columns
+    if not has_targets:
+        return Scored(TokenStatistics(None, entropy, confidence, margin, None), logsumexp)
+    return Scored(TokenStatistics(nll, entropy, confidence, margin, error_norm), logsumexp)
+
+
+def cross_entropy_sum(
+    logits_NV: Tensor, rows: SelectedRows, ignore_index: int, scored: Scored | None
+) -> Tensor:
+    """``Σ w nll`` of the selected rows of logits."""
+    if scored is None:
+        logits_NV, rows = rows.take(logits_NV), rows._replace(index_R=None, unused_R=None)
+        scored = token_statistics(logits_NV, rows.label_R, ignore_index)
+    weight_R = _row_weights(rows, ignore_index)
+    if rows.index_R is None:
+        label_N, weight_N = rows.label_R, weight_R
+    else:
+        # Unused slots write behind the last row.
+        n_rows = logits_NV.shape[0]
+        slot_R = rows.index_R
+        if rows.unused_R is not None:
+            slot_R = slot_R.masked_fill(rows.unused_R, n_rows)
+        label_N = rows.label_R.new_zeros(n_rows + 1).scatter(0, slot_R, rows.label_R)[:n_rows]
+        weight_N = weight_R.new_zeros(n_rows + 1).scatter(0, slot_R, weight_R)[:n_rows]
+    nll_N, logsumexp_N = _columns(scored)
+    total = _CrossEntropySum.apply(logits_NV, nll_N, logsumexp_N, label_N, weight_N)
+    return total + rows.fault
+
+
+def linear_cross_entropy_sum(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows: SelectedRows,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    scored: Scored | None,
+) -> Tensor:
+    """:func:`cross_entropy_sum` of a linear head, without its logits in memory."""
+    hidden_RD = rows.take(hidden_ND)
+    if scored is None:
+        head = (weight_VD, bias_V, rows.label_R, ignore_index, logit_scale, softcap)
+        nll_R, logsumexp_R = _columns(linear_token_statistics(hidden_RD, *head))
+    else:
+        nll_R, logsumexp_R = _columns(scored)
+        if rows.index_R is not None:
+            nll_R = nll_R.index_select(0, rows.index_R)
+            logsumexp_R = logsumexp_R.index_select(0, rows.index_R)
+    total = _LinearCrossEntropySum.apply(
+        hidden_RD,
+        weight_VD,
+        bias_V,
+        nll_R,
+        logsumexp_R,
+        rows.label_R,
+        _row_weights(rows, ignore_index),
+        logit_scale,
+        softcap,
+    )
+    return total + rows.fault
+
+
+def _columns(scored: Scored) -> tuple[Tensor, Tensor]:
+    assert scored.logsumexp is not None  # these kernels always give it
+    return scored.statistics.nll.reshape(-1), scored.logsumexp.reshape(-1)
+
+
+def _row_weights(rows: SelectedRows, ignore_index: int) -> Tensor:
+    weight_R = (rows.label_R != ignore_index).float()
+    return weight_R if rows.weight_R is None else weight_R * rows.weight_R
+
+
+def _weighted_sum(weight_R: Tensor, nll_R: Tensor) -> Tensor:
+    return torch.where(weight_R == 0, 0, weight_R * nll_R).sum()  # 0 times NaN
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """``Σ w nll`` of rows whose nll and logsumexp are known; gradient ``w (softmax - onehot)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        nll_N: Tensor,
+        logsumexp_N: Tensor,
+        label_N: Tensor,
+        weight_N: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(logits_NV, logsumexp_N, label_N, weight_N)
+        return _weighted_sum(weight_N, nll_N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, logsumexp_N, label_N, weight_N = ctx.saved_tensors
+        gradient = ops.cross_entropy_gradient(logits_NV, logsumexp_N, label_N, weight_N * grad)
+        return gradient, None, None, None, None
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """:class:`_CrossEntropySum` of a linear head; the backward pass computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        nll_R: Tensor,
+        logsumexp_R: Tensor,
+        label_R: Tensor,
+        weight_R: Tensor,
+        logit_scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R)
+        ctx.head = logit_scale, softcap
+        return _weighted_sum(weight_R, nll_R)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = ops.linear_cross_entropy_gradient(
+            hidden_RD,
+            weight_VD,
+            bias_V,
+            logsumexp_R,
+            label_R,
+            weight_R * grad,
+            *ctx.head,
+            list(needs),
+        )
+        wanted = (x if need else None for x, need in zip(gradients, needs, strict=True))
+        return *wanted, *(None,) * 6

@@ -1,0 +1,308 @@
+"""The Triton kernels as operators ``torch.ops.cggr.*``: torch.compile takes them as they are.
+
+Nothing here waits for the device or depends on values, so that a CUDA graph can record it. Triton
+and the kernels are imported at the first launch.
+
+Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes. Statistics
+are ``(6, N)`` float32: entropy, confidence, margin, logsumexp, and with targets nll, error norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits in memory at a time where a head's products are made by cuBLAS: 128 MiB in bfloat16. Fewer
+# cost time, in the reading of the weight (rows) or in the shape of the products (classes).
+_MAX_LOGITS = 1 << 26
+_PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
+# Above it, the fused kernel waits for hidden states that the cache no longer holds.
+_MAX_FUSED_HIDDEN = 2048
+
+
+def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[launch.grid](
+            *arguments,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+
+def _with_rows(logits_NV: Tensor) -> Tensor:
+    """Logits whose rows are contiguous, at any distance of each other."""
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+
+
+@torch.library.custom_op(
+    "cggr::token_statistics",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor? targets, int ignore_index, float logit_scale=1.0, "
+    "float? softcap=None) -> Tensor",
+)
+def token_statistics(
+    logits: Tensor,
+    targets: Tensor | None,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Statistics of logits ``(N, V)``."""
+    from cggr.kernels.token_statistics import token_statistics_kernel, token_statistics_launch
+
+    logits = _with_rows(logits)
+    n_rows, n_classes = logits.shape
+    out_6N = torch.empty(6, n_rows, dtype=torch.float32, device=logits.device)
+    if n_rows:
+        launch = token_statistics_launch(
+            n_rows,
+            n_classes,
+            logits.stride(0),
+            logits.element_size(),
+            has_target=targets is not None,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        target_N = logits if targets is None else targets.contiguous()
+        _launch(token_statistics_kernel, launch, logits, target_N, out_6N)
+    return out_6N
+
+
+@token_statistics.register_fake
+def _(logits: Tensor, targets: Any, ignore_index: int, *head: Any) -> Tensor:
+    return logits.new_empty(6, logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "cggr::cross_entropy_gradient",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor logsumexp, Tensor label, Tensor row_grad) -> Tensor",
+)
+def cross_entropy_gradient(
+    logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor
+) -> Tensor:
+    """Gradient of ``Σ row_grad nll`` to logits ``(N, V)``; rows of gradient 0 cost their zeros."""
+    logits = _with_rows(logits)
+    n_rows, n_classes = logits.shape
+    # Of the logits' own stride, which may be longer than a row.
+    gradient = torch.empty_strided(
+        (n_rows, n_classes), logits.stride(), dtype=logits.dtype, device=logits.device
+    )
+    first_class = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    _fill_gradient(logits, logsumexp, label, row_grad, first_class, gradient, 1.0, None)
+    return gradient
+
+
+@cross_entropy_gradient.register_fake
+def _(logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor) -> Tensor:
+    if logits.stride(1) != 1:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return torch.empty_strided(
+        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
+    )
+
+
+def _fill_gradient(
+    logits: Tensor,
+    logsumexp: Tensor,
+    label: Tensor,
+    row_grad: Tensor,
+    first_class: Tensor,
+    gradient: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    from cggr.kernels.selected_cross_entropy import (
+        cross_entropy_gradient_kernel,
+        cross_entropy_gradient_launch,
+    )
+
+    n_rows, n_classes = logits.shape
+    if n_rows:
+        launch = cross_entropy_gradient_launch(
+            n_rows,
+            n_classes,
+            logits.stride(0),
+            logits.element_size(),
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        arguments = (logits, logsumexp.contiguous(), label.contiguous(), row_grad.contiguous())
+        _launch(cross_entropy_gradient_kernel, launch, *arguments, first_class, gradient)
+
+
+@torch.library.custom_op(
+    "cggr::linear_token_statistics",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, int ignore_index, "
+    "float logit_scale=1.0, float? softcap=None) -> Tensor",
+)
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Statistics of ``softcap tanh(logit_scale (hidden weight^T + bias) / softcap)``.
+
+    By whichever of the two ways below is faster for these shapes.
+    """
+    way = linear_statistics_fused if _fuses(hidden) else linear_statistics_chunked
+    return way(hidden, weight, bias, targets, ignore_index, logit_scale, softcap)
+
+
+@linear_token_statistics.register_fake
+def _(hidden: Tensor, *arguments: Any) -> Tensor:
+    return hidden.new_empty(6, hidden.shape[0], dtype=torch.float32)
+
+
+def _fuses(hidden_ND: Tensor) -> bool:
+    if hidden_ND.element_size() != 2 or hidden_ND.shape[1] > _MAX_FUSED_HIDDEN:
+        return False
+    # Its tiles want the shared memory of a Hopper or of a data-centre Blackwell.
+    return not hidden_ND.is_cuda or torch.cuda.get_device_capability(hidden_ND.device)[0] in (9, 10)
+
+
+def linear_statistics_fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Statistics from products that never leave the multiprocessors; 2-byte dtypes."""
+    from cggr.kernels.linear_token_statistics import (
+        join_sums_kernel,
+        linear_sums_kernel,
+        linear_token_statistics_launch,
+    )
+
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    (n_rows, hidden_size), n_classes = hidden.shape, weight.shape[0]
+    out_6N = torch.empty(6, n_rows, dtype=torch.float32, device=hidden.device)
+    if n_rows:
+        sums_launch, join_launch, splits, split_classes = linear_token_statistics_launch(
+            n_rows,
+            n_classes,
+            hidden_size,
+            has_target=targets is not None,
+            has_bias=bias is not None,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+        sums = torch.empty(splits, 6, n_rows, dtype=torch.float32, device=hidden.device)
+        bias_V = weight if bias is None else bias.contiguous()
+        target_N = hidden if targets is None else targets.contiguous()
+        arguments = (hidden, weight, bias_V, target_N, sums, n_rows, split_classes)
+        _launch(linear_sums_kernel, sums_launch, *arguments)
+        _launch(join_sums_kernel, join_launch, sums, target_N, out_6N, n_rows, splits)
+    return out_6N
+
+
+def linear_statistics_chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Statistics from cuBLAS's products of a chunk of rows at a time."""
+    n_rows, n_classes = hidden.shape[0], weight.shape[0]
+    size = chunk_size(n_rows, n_classes)
+    buffer = hidden.new_empty(min(size, n_rows), n_classes)
+    parts = []
+    for first in range(0, n_rows, size):
+        part = slice(first, first + size)
+        logits = _product(hidden[part], weight, bias, buffer)
+        targets_part = None if targets is None else targets[part]
+        parts.append(token_statistics(logits, targets_part, ignore_index, logit_scale, softcap))
+    return torch.cat(parts, dim=1) if parts else hidden.new_empty(6, 0, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "cggr::linear_cross_entropy_gradient",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor logsumexp, Tensor label, "
+    "Tensor row_grad, float logit_scale, float? softcap, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def linear_cross_entropy_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    label: Tensor,
+    row_grad: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``Σ row_grad nll`` to hidden ``(R, D)``, weight ``(V, D)`` and bias ``(V,)``.
+
+    A chunk of classes at a time: since the logsumexp is known, no row is needed as a whole, and
+    the weight's gradient is written once where a chunk of rows would have to be added to the others
+    in float32. A gradient that is not needed is empty.
+    """
+    need_hidden, need_weight, need_bias = needs
+    n_rows, n_classes = hidden.shape[0], weight.shape[0]
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    d_bias = weight.new_empty(n_classes if need_bias else 0)
+    if n_rows == 0:
+        return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
+    hidden_RD = hidden.masked_fill((row_grad == 0)[:, None], 0)  # such a row may hold anything
+    size = chunk_size(n_classes, n_rows)
+    buffer = hidden.new_empty(min(size, n_classes) * n_rows)
+    first_classes = torch.arange(0, n_classes, size, dtype=torch.int32, device=hidden.device)
+    for chunk, first in enumerate(range(0, n_classes, size)):
+        part = slice(first, min(first + size, n_classes))
+        d_logits = buffer[: n_rows * (part.stop - first)].view(n_rows, -1)
+        _product(hidden_RD, weight[part], None if bias is None else bias[part], d_logits)
+        first_class = first_classes[chunk : chunk + 1]
+        _fill_gradient(
+            d_logits, logsumexp, label, row_grad, first_class, d_logits, logit_scale, softcap
+        )
+        if need_weight:
+            torch.mm(d_logits.T, hidden_RD, out=d_weight[part])
+        if need_hidden:
+            d_hidden += d_logits @ weight[part]
+        if need_bias:
+            d_bias[part] = d_logits.sum(dim=0, dtype=torch.float32)
+    return d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+@linear_cross_entropy_gradient.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = arguments[-1]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def chunk_size(length: int, width: int) -> int:
+    """Size of equal chunks of `length`, of at most `_MAX_LOGITS` with `width`, in whole tiles."""
+    tiles = -(-length // _PRODUCT_TILE)
+    chunks = max(1, -(-length * width // _MAX_LOGITS))
+    return max(1, -(-tiles // chunks)) * _PRODUCT_TILE
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    out = out[: rows.shape[0]]
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
