@@ -1,4 +1,4 @@
-"""What the kernels share: exponents, soft-caps, and the statistics that follow from a row's sums."""
+"""What the kernels share: exponents, soft-caps, the statistics that follow from sums of a row."""
 
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ def log1p(x):
 
 @triton.jit
 def sum_of(s_a, t_a, q_a, s_b, t_b, q_b):
+    """Three sums at once."""
     return s_a + s_b, t_a + t_b, q_a + q_b
 
 
@@ -75,12 +76,10 @@ def store_statistics(
     HAS_TARGET: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
 ):
-    """Statistics from the sums of ``e = exp(x - top)`` over all classes but one largest::
+    """Statistics from sums of ``e = exp(x - top)`` over all classes but one largest.
 
-        rest = Σ e      weighted = Σ e log2(e)      squares = Σ e²
-
-    `out_ptr` points at six rows of `n_rows`: entropy, confidence, margin, logsumexp, and with
-    targets nll and error norm.
+    They are ``rest = Σ e``, ``weighted = Σ e log2(e)`` and ``squares = Σ e²``. `out_ptr` points at
+    six rows of `n_rows`: entropy, confidence, margin, logsumexp, and with targets nll, error norm.
     """
     out_ptr += row
     stride = tl.cast(n_rows, tl.int64)

@@ -23,8 +23,9 @@ def cross_entropy_gradient_launch(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Launch:
-    """Launch of :func:`cross_entropy_gradient_kernel`; the arguments are those of
-    :func:`~.token_statistics.token_statistics_launch`.
+    """Launch of :func:`cross_entropy_gradient_kernel`.
+
+    The arguments are those of :func:`~.token_statistics.token_statistics_launch`.
     """
     vector = 16 // itemsize
     block = min(2048, max(32, triton.next_power_of_2(n_classes)))

@@ -55,7 +55,7 @@ def implementation(x: Tensor) -> Implementation:
     return IMPLEMENTATIONS[_name(x.is_cuda and torch.version.hip is None, x.dtype)]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _name(on_nvidia: bool, dtype: torch.dtype) -> str:
     name = os.environ.get("CGGR_IMPLEMENTATION")
     if name is None:

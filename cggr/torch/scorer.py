@@ -5,6 +5,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -155,9 +156,10 @@ class CGGRScorer(RoutedModule):
     ) -> Scores:
         """Difficulty, eligibility and statistics of every position, given aligned targets."""
         router, ignore_index = self.router, self.config.ignore_index
-        truncated = isinstance(router, TruncatedRouter) and not router.passthrough
-        if truncated:
-            rows, n_classes = router.hidden_states(**model_inputs), router.n_classes
+        project: Callable[[Tensor], Tensor] | None = None
+        if isinstance(router, TruncatedRouter) and not router.passthrough:
+            rows = router.hidden_states(**model_inputs)
+            project, n_classes = router.project, router.n_classes
         else:
             rows = logits_of(call_model(router, self._cache_switch | model_inputs))
             check_logits(rows)
@@ -181,12 +183,10 @@ class CGGRScorer(RoutedModule):
             )
             eligible = targets != ignore_index
         operations = implementation(rows)
-        if truncated:
-            scored = operations.chunked_statistics(
-                rows, router.project, n_classes, targets, ignore_index
-            )
-        else:
+        if project is None:
             scored = operations.token_statistics(rows, targets, ignore_index)
+        else:
+            scored = operations.chunked_statistics(rows, project, n_classes, targets, ignore_index)
         statistics = scored.statistics
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
         return Scores(torch.where(eligible, difficulty, 0), eligible, statistics)
