@@ -14,9 +14,11 @@ Legend: ``M`` rows of a block, ``C`` classes of a tile, ``K`` of the hidden size
 import triton
 import triton.language as tl
 
-from .arithmetic import Launch, capped_logits, exponent_of, store_statistics
+from .arithmetic import LOG2_E, Launch, capped_logits, exponent_of, store_statistics
 
 _PROGRAMS = 132  # multiprocessors of an H100 or H200, one program on each
+# Stands for -inf: its differences and their products with an exponential of 0 are numbers.
+FLOOR = tl.constexpr(-1e30)
 
 
 def linear_token_statistics_launch(
@@ -108,7 +110,7 @@ def linear_sums_kernel(
     target_M = tl.zeros((M,), tl.int32)
     if HAS_TARGET:
         target_M = tl.load(target_ptr + read_M).to(tl.int32)
-    top_M = tl.full((M,), -float("inf"), tl.float32)
+    top_M = tl.full((M,), FLOOR, tl.float32)
     second_M = top_M
     rest_M = tl.zeros((M,), tl.float32)
     weighted_M, squares_M, label_M = rest_M, rest_M, rest_M
@@ -130,24 +132,26 @@ def linear_sums_kernel(
             x_MC += tl.load(bias_ptr + read_C).to(tl.float32)[None, :]
         x_MC = capped_logits(x_MC, SCALE, SOFTCAP)
         if V % C != 0:
-            x_MC = tl.where((class_C < V)[None, :], x_MC, -float("inf"))
+            x_MC = tl.where((class_C < V)[None, :], x_MC, FLOOR)
         if HAS_TARGET:
             label_M += tl.sum(tl.where(class_C[None, :] == target_M[:, None], x_MC, 0.0), axis=1)
 
+        if HAS_BIAS:
+            x_MC = tl.maximum(x_MC, FLOOR, propagate_nan=tl.PropagateNan.ALL)
         tile_top = tl.max(x_MC, axis=1)
         is_top = x_MC == tile_top[:, None]
         ties = tl.sum(is_top.to(tl.float32), axis=1) - 1.0
-        x_MC = tl.where(is_top, -float("inf"), x_MC)
+        x_MC = tl.where(is_top, FLOOR, x_MC)
         tile_second = tl.where(ties > 0.0, tile_top, tl.max(x_MC, axis=1))
         better = tile_top > top_M
         second_M = tl.maximum(second_M, tl.maximum(tile_second, tl.minimum(top_M, tile_top)))
         new_top = tl.maximum(top_M, tile_top)
-        exponent = exponent_of(x_MC, new_top[:, None])
+        exponent = (x_MC - new_top[:, None]) * LOG2_E
         e = tl.exp2(exponent)
         top_exponent = exponent_of(tile_top, new_top)
         top_e = tl.exp2(top_exponent)
         # Of the two maxima, one stays apart; the lesser one and the tile's ties join the rest.
-        joining = tl.where(tile_top == -float("inf"), 0.0, ties + tl.where(better, 0.0, 1.0))
+        joining = tl.where(tile_top == FLOOR, 0.0, ties + tl.where(better, 0.0, 1.0))
         top_M, rest_M, weighted_M, squares_M = _joined(
             top_M,
             rest_M,
@@ -175,7 +179,7 @@ def _joined(top, rest, weighted, squares, new_top, more_rest, more_weighted, mor
 
     Where the maximum grew, the old one is no longer apart: it joins the rest.
     """
-    own = tl.where((new_top > top) & (top > -float("inf")), 1.0, 0.0)
+    own = tl.where((new_top > top) & (top > FLOOR), 1.0, 0.0)
     shift = exponent_of(top, new_top)
     scale = tl.exp2(shift)
     weighted = scale * (weighted + shift * (rest + own)) + more_weighted
@@ -198,7 +202,7 @@ def join_sums_kernel(
     """Statistics, as :func:`store_statistics` says, of the sums of all splits."""
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     valid_M = row_M < n_rows
-    top_M = tl.full((M,), -float("inf"), tl.float32)
+    top_M = tl.full((M,), FLOOR, tl.float32)
     second_M = top_M
     rest_M = tl.zeros((M,), tl.float32)
     weighted_M, squares_M, label_M = rest_M, rest_M, rest_M
@@ -213,7 +217,7 @@ def join_sums_kernel(
         second_M = tl.maximum(tl.maximum(second_M, other_second), tl.minimum(top_M, other_top))
         new_top = tl.maximum(top_M, other_top)
         # Of two equal maxima the first stays apart.
-        own = tl.where((other_top <= top_M) & (other_top > -float("inf")), 1.0, 0.0)
+        own = tl.where((other_top <= top_M) & (other_top > FLOOR), 1.0, 0.0)
         shift = exponent_of(other_top, new_top)
         scale = tl.exp2(shift)
         top_M, rest_M, weighted_M, squares_M = _joined(
@@ -234,7 +238,7 @@ def join_sums_kernel(
         n_rows,
         row_M,
         valid_M,
-        top_M,
+        tl.where(top_M == FLOOR, -float("inf"), top_M),
         second_M,
         rest_M,
         weighted_M,

@@ -19,8 +19,9 @@ from torch import Tensor
 # cost time, in the reading of the weight (rows) or in the shape of the products (classes).
 _MAX_LOGITS = 1 << 26
 _PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
-# Above it, the fused kernel waits for hidden states that the cache no longer holds.
-_MAX_FUSED_HIDDEN = 2048
+# Above it, cuBLAS's better products outweigh the logits' way through memory (see
+# cggr/kernels/README.md).
+_MAX_FUSED_HIDDEN = 1024
 
 
 def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
