@@ -32,11 +32,11 @@ def token_statistics(logits: Tensor, targets: Tensor | None, ignore_index: int) 
             )
             for row in range(shape[0])
         ]
-        out_6N = torch.cat(parts, dim=1)
+        columns = torch.cat(parts, dim=1)
     else:
         target_N = None if targets is None else targets.reshape(-1)
-        out_6N = ops.token_statistics(logits.reshape(-1, logits.shape[-1]), target_N, ignore_index)
-    return _scored(out_6N, shape, targets is not None)
+        columns = ops.token_statistics(logits.reshape(-1, logits.shape[-1]), target_N, ignore_index)
+    return _scored(columns, shape, targets is not None)
 
 
 def linear_token_statistics(
@@ -49,7 +49,7 @@ def linear_token_statistics(
     softcap: float | None,
 ) -> Scored:
     """Statistics of a linear head's logits."""
-    out_6N = ops.linear_token_statistics(
+    columns = ops.linear_token_statistics(
         hidden.detach().reshape(-1, hidden.shape[-1]),
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -58,7 +58,7 @@ def linear_token_statistics(
         logit_scale,
         softcap,
     )
-    return _scored(out_6N, hidden.shape[:-1], targets is not None)
+    return _scored(columns, hidden.shape[:-1], targets is not None)
 
 
 def chunked_statistics(
@@ -84,11 +84,11 @@ def chunked_statistics(
     return _scored(torch.cat(parts, dim=1), rows.shape[:-1], targets is not None)
 
 
-def _scored(out_6N: Tensor, shape: Any, has_targets: bool) -> Scored:
-    columns = out_6N.reshape(6, *shape).unbind()
-    entropy, confidence, margin, logsumexp, nll, error_norm = columns
-    if not has_targets:
-        return Scored(TokenStatistics(None, entropy, confidence, margin, None), logsumexp)
+def _scored(columns: Tensor, shape: Any, has_targets: bool) -> Scored:
+    entropy, confidence, margin, logsumexp, *of_targets = columns.reshape(
+        columns.shape[0], *shape
+    ).unbind()
+    nll, error_norm = of_targets if has_targets else (None, None)
     return Scored(TokenStatistics(nll, entropy, confidence, margin, error_norm), logsumexp)
 
 

@@ -4,7 +4,8 @@ Nothing here waits for the device or depends on values, so that a CUDA graph can
 and the kernels are imported at the first launch.
 
 Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes. Statistics
-are ``(6, N)`` float32: entropy, confidence, margin, logsumexp, and with targets nll, error norm.
+are ``(6, N)`` float32: entropy, confidence, margin, logsumexp, nll, error norm; ``(4, N)`` without
+targets.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
         )
 
 
+def _empty_statistics(x_NX: Tensor, targets: Tensor | None) -> Tensor:
+    return x_NX.new_empty(4 if targets is None else 6, x_NX.shape[0], dtype=torch.float32)
+
+
 def _with_rows(logits_NV: Tensor) -> Tensor:
     """Logits whose rows are contiguous, at any distance of each other."""
     return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
@@ -58,7 +63,7 @@ def token_statistics(
 
     logits = _with_rows(logits)
     n_rows, n_classes = logits.shape
-    out_6N = torch.empty(6, n_rows, dtype=torch.float32, device=logits.device)
+    out = _empty_statistics(logits, targets)
     if n_rows:
         launch = token_statistics_launch(
             n_rows,
@@ -71,13 +76,13 @@ def token_statistics(
             softcap=softcap,
         )
         target_N = logits if targets is None else targets.contiguous()
-        _launch(token_statistics_kernel, launch, logits, target_N, out_6N)
-    return out_6N
+        _launch(token_statistics_kernel, launch, logits, target_N, out)
+    return out
 
 
 @token_statistics.register_fake
 def _(logits: Tensor, targets: Any, ignore_index: int, *head: Any) -> Tensor:
-    return logits.new_empty(6, logits.shape[0], dtype=torch.float32)
+    return _empty_statistics(logits, targets)
 
 
 @torch.library.custom_op(
@@ -162,8 +167,8 @@ def linear_token_statistics(
 
 
 @linear_token_statistics.register_fake
-def _(hidden: Tensor, *arguments: Any) -> Tensor:
-    return hidden.new_empty(6, hidden.shape[0], dtype=torch.float32)
+def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, *head: Any) -> Tensor:
+    return _empty_statistics(hidden, targets)
 
 
 def _fuses(hidden_ND: Tensor) -> bool:
@@ -191,7 +196,7 @@ def linear_statistics_fused(
 
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (n_rows, hidden_size), n_classes = hidden.shape, weight.shape[0]
-    out_6N = torch.empty(6, n_rows, dtype=torch.float32, device=hidden.device)
+    out = _empty_statistics(hidden, targets)
     if n_rows:
         sums_launch, join_launch, splits, split_classes = linear_token_statistics_launch(
             n_rows,
@@ -208,8 +213,8 @@ def linear_statistics_fused(
         target_N = hidden if targets is None else targets.contiguous()
         arguments = (hidden, weight, bias_V, target_N, sums, n_rows, split_classes)
         _launch(linear_sums_kernel, sums_launch, *arguments)
-        _launch(join_sums_kernel, join_launch, sums, target_N, out_6N, n_rows, splits)
-    return out_6N
+        _launch(join_sums_kernel, join_launch, sums, target_N, out, n_rows, splits)
+    return out
 
 
 def linear_statistics_chunked(
@@ -231,7 +236,7 @@ def linear_statistics_chunked(
         logits = _product(hidden[part], weight, bias, buffer)
         targets_part = None if targets is None else targets[part]
         parts.append(token_statistics(logits, targets_part, ignore_index, logit_scale, softcap))
-    return torch.cat(parts, dim=1) if parts else hidden.new_empty(6, 0, dtype=torch.float32)
+    return torch.cat(parts, dim=1) if parts else _empty_statistics(hidden, targets)
 
 
 @torch.library.custom_op(
