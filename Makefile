@@ -3,6 +3,9 @@
 #   make test   lints, type-checks and tests
 # Both make .venv, install what they need into it, and reuse it the next time.
 #   make test-tunix   trains Tunix's Llama 3 and Qwen 3 with cggr.jax, in .venv-tunix
+# On a machine with an NVIDIA GPU:
+#   make bench        measures kernels and losses; BENCH="statistics --quick" for a part of it
+#   make test-gpu     the complete suite and compute-sanitizer, with the packages of PYTHON
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +14,10 @@ TUNIX := .venv-tunix
 # One thread a test worker: two workers that each use every core are slower than either alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
-.PHONY: demo test test-tunix lint clean
+# Without torch's cache of memory, where what lies beyond an array is rarely a fault.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+
+.PHONY: demo test test-tunix test-gpu bench lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/cggr race --budget 35s
@@ -22,6 +28,21 @@ test: lint
 # An environment of its own: tunix wants an older safetensors than the rest, and no torch.
 test-tunix: $(TUNIX)/test.stamp
 	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(TUNIX)/bin/python -m pytest tests/test_tunix.py
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/cggr bench $(BENCH)
+
+# Without an environment of its own: torch, jax and triton are those that the machine's driver suits.
+test-gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make test-gpu needs a PYTHON whose torch sees a CUDA device" >&2; exit 1; }
+	OMP_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 8
+	@command -v compute-sanitizer >/dev/null \
+		|| { echo "compute-sanitizer is not on PATH: memcheck and racecheck are skipped"; exit 0; }; \
+	for tool in memcheck racecheck; do \
+		echo "compute-sanitizer --tool $$tool"; \
+		$(SANITIZE) --tool $$tool $(PYTHON) -m pytest -q tests/test_kernels_cuda.py || exit 1; \
+	done
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -41,6 +62,10 @@ $(VENV)/demo.stamp: requirements/demo.txt requirements/constraints.txt pyproject
 
 $(VENV)/test.stamp: requirements/test.txt $(VENV)/demo.stamp
 	$(BIN)/python -m pip install -r requirements/test.txt
+	@touch $@
+
+$(VENV)/bench.stamp: requirements/constraints.txt $(VENV)/demo.stamp
+	$(BIN)/python -m pip install -c requirements/constraints.txt --no-build-isolation -e '.[benchmark]'
 	@touch $@
 
 # Without dependencies: google-tunix asks for many packages that its models never import.

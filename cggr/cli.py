@@ -1,4 +1,4 @@
-"""The command line: ``cggr race`` and ``cggr info``."""
+"""The command line: ``cggr race``, ``cggr bench`` and ``cggr info``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from cggr import __version__
+from cggr.bench.settings import BENCHMARKS, BenchError, BenchSettings
 from cggr.race.settings import (
     BACKENDS,
     LANES,
@@ -48,7 +49,7 @@ class _Group(click.Group):
     ) -> Any:
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        except (click.ClickException, RaceError) as error:
+        except (click.ClickException, RaceError, BenchError) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else error
             click.echo(f"cggr: {' '.join(str(message).split())}", err=True)
             sys.exit(BAD_INPUT)
@@ -224,6 +225,42 @@ def race(
 
     complete = run(settings, backend, output / name, Console(), threads=threads)
     ctx.exit(0 if complete else INTERRUPTED)
+
+
+@main.command(context_settings={"show_default": True})
+@_options(
+    click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)), metavar="[NAME]..."),
+    click.option("--list", "listing", is_flag=True, help="Say what can be measured, and stop."),
+    click.option("--quick", is_flag=True, help="Few rounds, and the first shape only."),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("benchmarks") / "results",
+        help="Folder of the results.",
+    ),
+    click.option(
+        "--cggr-050",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder with the modules of cggr 0.5.0, to compare with.",
+    ),
+)
+def bench(
+    names: tuple[str, ...], listing: bool, quick: bool, out: Path, cggr_050: Path | None
+) -> None:
+    """Measure the kernels and losses on a CUDA device, against the peers that are installed.
+
+    Shows a table for every shape and writes OUT/NAME.json; all benchmarks when none is named.
+    """
+    if listing:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for row in BENCHMARKS.items():
+            table.add_row(*row)
+        Console().print(table, highlight=False)
+        return
+    settings = BenchSettings(quick=quick, cggr_050=cggr_050)
+    from cggr.bench.main import run_benchmarks
+
+    run_benchmarks(names, settings, out, Console())
 
 
 @main.command()
