@@ -15,8 +15,8 @@ With ``M = max x``, ``e_v = exp(x_v - M)`` and ``rest = Σ e_v`` over all classe
 3. At the end the lanes are joined. The one group that holds the row's maximum is read again and
    summed without that maximum: what a sure model gives to the other classes would be lost if it
    were added to the maximum's own 1.
-4. A row with logits of -inf or beyond 1e37, which the quick arithmetic turns into NaN, is read a
-   second time with a careful one.
+4. A row with logits of -inf, which the quick arithmetic turns into NaN, or beyond half a million,
+   where it loses precision, is read a second time with a careful one.
 
 Rows may begin anywhere: tiles begin at a multiple of 16 bytes, and what is left of the row before
 and after them is one narrower, masked tile.
@@ -37,6 +37,9 @@ from .arithmetic import (
     sum_of,
 )
 
+# Of a row's maximum: beyond it, its product with log2(e) is rounded by more than a 16th.
+FUSED_LIMIT = tl.constexpr(2.0**19)
+
 
 def token_statistics_launch(
     n_rows: int,
@@ -48,6 +51,7 @@ def token_statistics_launch(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    offset: int = 0,
 ) -> Launch:
     """Launch of :func:`token_statistics_kernel`.
 
@@ -60,12 +64,14 @@ def token_statistics_launch(
         ignore_index: Target whose nll and error norm are 0.
         logit_scale: Factor of the logits, before the soft-cap.
         softcap: Soft-cap of the logits; none when None.
+        offset: Elements from the kernel's pointer, a multiple of 16 bytes, to the first row.
     """
     # Few lanes cost the least at the end of a row; many keep the sums of a long one short.
     lanes = 32 if n_classes < 1024 else 64 if n_classes < 100_000 else 128
     constants = {
         "V": n_classes,
         "STRIDE": stride,
+        "OFFSET": offset,
         "HAS_TARGET": has_target,
         "IGNORE_INDEX": ignore_index,
         "SCALE": float(logit_scale),
@@ -134,19 +140,36 @@ def _better_of(top_a, second_a, place_a, top_b, second_b, place_b):
 def _no_lanes(L: tl.constexpr):
     nothing = tl.zeros((L,), tl.float32)
     top = tl.full((L,), -float("inf"), tl.float32)
-    # Finite and below any reference: the difference times a sum of 0 is 0.
-    reference = tl.full((L,), -3e38, tl.float32)
+    # Finite and below any other: the difference to another times a sum of 0 is 0.
+    reference = tl.full((L,), -3.4028234663852886e38, tl.float32)
     best = tl.zeros((L,), tl.int32)
     return top, top, best, reference, nothing, nothing, nothing, nothing, nothing, nothing
 
 
 @triton.jit
-def _absorb(lanes, x_LG, tile, CLAMP: tl.constexpr, UNIT: tl.constexpr):
+def _log2_e(like):
+    return tl.full(like.shape, LOG2_E, tl.float32)
+
+
+@triton.jit
+def _reference(top, CAREFUL: tl.constexpr):
+    """``log2(e) top``, or the maximum itself where that product's rounding would be felt."""
+    if CAREFUL:
+        return top
+    else:
+        # As a fused operation: a compiler may not fuse it with what subtracts the reference, which
+        # must be the same number for all.
+        return tl.fma(top, _log2_e(top), tl.zeros(top.shape, tl.float32))
+
+
+@triton.jit
+def _absorb(lanes, x_LG, tile, CLAMP: tl.constexpr, CAREFUL: tl.constexpr):
     """Take a tile into the lanes.
 
     Of a lane: its maximum `top`; the largest maximum `second` of its groups but the best; the tile
-    `best` of the best group; `reference = log2(e) top / UNIT`, to which its exponents are relative;
-    the sums of ``e``, ``e log2(e)`` and ``e²`` over its groups but the best, and over the best.
+    `best` of the best group; the `reference` to which its exponents are relative (see
+    :func:`_reference`); the sums of ``e``, ``e log2(e)`` and ``e²`` over its groups but the best,
+    and over the best.
     """
     top, second, best, reference, s, t, q, best_s, best_t, best_q = lanes
     group_top = tl.max(x_LG, axis=1)
@@ -154,12 +177,14 @@ def _absorb(lanes, x_LG, tile, CLAMP: tl.constexpr, UNIT: tl.constexpr):
     second = tl.maximum(second, tl.minimum(top, group_top))
     top = tl.maximum(top, group_top)
     before = reference
-    reference = top * (LOG2_E / UNIT)
+    reference = _reference(top, CAREFUL)
     if CLAMP:
         reference = tl.where(top == -float("inf"), before, reference)
-    # Fused, the product is not rounded: exponents are exact to half an ulp, however large x is.
-    exponent = tl.fma(x_LG, tl.full(x_LG.shape, LOG2_E / UNIT, tl.float32), -reference[:, None])
-    exponent, shift = exponent * UNIT, (before - reference) * UNIT
+    if CAREFUL:
+        exponent, shift = (x_LG - reference[:, None]) * LOG2_E, (before - reference) * LOG2_E
+    else:
+        exponent = tl.fma(x_LG, _log2_e(x_LG), -reference[:, None])
+        shift = before - reference
     if CLAMP:
         exponent, shift = clamped(exponent), clamped(shift)
     e = tl.exp2(exponent)
@@ -202,7 +227,6 @@ def _row_sums(
     CAREFUL: tl.constexpr,
 ):
     """Maximum of the row, where its group is, largest of the other groups' maxima, their sums."""
-    UNIT: tl.constexpr = 4.0 if CAREFUL else 1.0  # 4: log2(e) times the largest float fits
     TILE: tl.constexpr = U * L * E
     lane_L = tl.arange(0, L)
     lanes = _no_lanes(L)
@@ -211,9 +235,9 @@ def _row_sums(
         for tile in range(0, INNER - TILE, TILE):
             x_LG = capped_logits(_widened(following), SCALE, SOFTCAP)
             following = _load_tile(aligned_ptr + (tile + TILE), L, U, E)
-            lanes = _absorb(lanes, x_LG, tile, CAREFUL, UNIT)
+            lanes = _absorb(lanes, x_LG, tile, CAREFUL, CAREFUL)
         x_LG = capped_logits(_widened(following), SCALE, SOFTCAP)
-        lanes = _absorb(lanes, x_LG, INNER - TILE, CAREFUL, UNIT)
+        lanes = _absorb(lanes, x_LG, INNER - TILE, CAREFUL, CAREFUL)
     for tile in range(INNER, V, L * E):
         position = tile + lane_L[:, None] * E + tl.arange(0, E)[None, :]
         if IN_VECTORS:
@@ -223,16 +247,19 @@ def _row_sums(
             x_LE = tl.load(row_ptr + column, mask=position < V, other=-float("inf")).to(tl.float32)
         if SCALE != 1.0 or SOFTCAP > 0.0:
             x_LE = tl.where(position < V, capped_logits(x_LE, SCALE, SOFTCAP), -float("inf"))
-        lanes = _absorb(lanes, x_LE, tile, True, UNIT)
+        lanes = _absorb(lanes, x_LE, tile, True, CAREFUL)
 
     top, second, best, reference, s, t, q, best_s, best_t, best_q = lanes
     # NaN is left to the sums: with it, no order would be one.
     row_top, second, place = tl.reduce((top, second, best // E + lane_L), 0, _better_of)
     is_best = best // E + lane_L == place
-    # Relative to the row's own maximum, of which the reference is a rounding.
-    row_reference = row_top * (LOG2_E / UNIT)
-    rounding = tl.fma(row_top, LOG2_E / UNIT, -row_reference)
-    shift = clamped((reference - row_reference - rounding) * UNIT)
+    if CAREFUL:
+        shift = clamped((reference - row_top) * LOG2_E)
+    else:
+        # Relative to the row's own maximum, of which the reference is a rounding.
+        row_reference = _reference(row_top, False)
+        rounding = tl.fma(row_top, _log2_e(row_top), -row_reference)
+        shift = clamped(reference - row_reference - rounding)
     scale = tl.exp2(shift)
     s += tl.where(is_best, 0.0, best_s)
     t += tl.where(is_best, 0.0, best_t)
@@ -250,6 +277,7 @@ def token_statistics_kernel(
     out_ptr,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     SCALE: tl.constexpr,
@@ -260,7 +288,7 @@ def token_statistics_kernel(
 ):
     """Statistics of logits ``(N, V)`` and targets ``(N,)``, as :func:`store_statistics` says."""
     row = tl.program_id(0).to(tl.int64)
-    start = row * STRIDE
+    start = row * STRIDE + OFFSET
     row_ptr = logits_ptr + start
     target, label_logit = tl.full((), 0, tl.int64), 0.0
     if HAS_TARGET:
@@ -269,7 +297,7 @@ def token_statistics_kernel(
         label = tl.load(row_ptr + target, mask=in_range, other=0.0).to(tl.float32)
         label_logit = capped_logits(label, SCALE, SOFTCAP)
     TILE: tl.constexpr = U * L * E
-    if STRIDE % E == 0:
+    if STRIDE % E == 0 and OFFSET % E == 0:
         aligned = start
         INNER: tl.constexpr = V // TILE * TILE
     else:
@@ -277,12 +305,12 @@ def token_statistics_kernel(
         INNER: tl.constexpr = max(V - E + 1, 0) // TILE * TILE
     aligned_ptr = logits_ptr + aligned
     head = (aligned - start).to(tl.int32)
-    IN_VECTORS: tl.constexpr = (STRIDE % E == 0) and (V % E == 0)
+    IN_VECTORS: tl.constexpr = (STRIDE % E == 0) and (OFFSET % E == 0) and (V % E == 0)
 
     top, place, second, rest, weighted, squares = _row_sums(
         row_ptr, aligned_ptr, head, V, INNER, IN_VECTORS, E, L, U, SCALE, SOFTCAP, CAREFUL=False
     )
-    if not (tl.abs(weighted) < float("inf")):
+    if not ((tl.abs(weighted) + squares < float("inf")) & (tl.abs(top) < FUSED_LIMIT)):
         top, place, second, rest, weighted, squares = _row_sums(
             row_ptr, aligned_ptr, head, V, INNER, IN_VECTORS, E, L, U, SCALE, SOFTCAP, CAREFUL=True
         )

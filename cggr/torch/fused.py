@@ -126,7 +126,9 @@ def linear_cross_entropy_sum(
     scored: Scored | None,
 ) -> Tensor:
     """:func:`cross_entropy_sum` of a linear head, without its logits in memory."""
-    hidden_RD = rows.take(hidden_ND)
+    hidden_RD, weight_R = rows.take(hidden_ND), _row_weights(rows, ignore_index)
+    if rows.index_R is None:  # what is ignored may hold anything, and 0 times NaN is NaN
+        hidden_RD = hidden_RD.masked_fill((weight_R == 0)[:, None], 0)
     if scored is None:
         head = (weight_VD, bias_V, rows.label_R, ignore_index, logit_scale, softcap)
         nll_R, logsumexp_R = _columns(linear_token_statistics(hidden_RD, *head))
@@ -142,7 +144,7 @@ def linear_cross_entropy_sum(
         nll_R,
         logsumexp_R,
         rows.label_R,
-        _row_weights(rows, ignore_index),
+        weight_R,
         logit_scale,
         softcap,
     )

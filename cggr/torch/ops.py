@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in memory at a time where a head's products are made by cuBLAS: 128 MiB in bfloat16. Fewer
+# Logits in memory at a time where a head's products are made by cuBLAS: 256 MiB in bfloat16. Fewer
 # cost time, in the reading of the weight (rows) or in the shape of the products (classes).
-_MAX_LOGITS = 1 << 26
+_MAX_LOGITS = 1 << 27
 _PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
 # Above it, cuBLAS's better products outweigh the logits' way through memory (see
 # cggr/kernels/README.md).
@@ -45,6 +45,15 @@ def _with_rows(logits_NV: Tensor) -> Tensor:
     return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
 
 
+def _aligned(logits_NV: Tensor) -> tuple[Tensor, int]:
+    """A view that begins at a multiple of 16 bytes, and the elements from there to the logits."""
+    offset = logits_NV.data_ptr() % 16 // logits_NV.element_size()
+    first = logits_NV.storage_offset() - offset
+    if first < 0:  # memory that torch did not allocate
+        return logits_NV.clone(), 0
+    return logits_NV.as_strided(logits_NV.shape, logits_NV.stride(), first), offset
+
+
 @torch.library.custom_op(
     "cggr::token_statistics",
     mutates_args=(),
@@ -65,6 +74,7 @@ def token_statistics(
     n_rows, n_classes = logits.shape
     out = _empty_statistics(logits, targets)
     if n_rows:
+        aligned, offset = _aligned(logits)
         launch = token_statistics_launch(
             n_rows,
             n_classes,
@@ -74,9 +84,10 @@ def token_statistics(
             ignore_index=ignore_index,
             logit_scale=logit_scale,
             softcap=softcap,
+            offset=offset,
         )
         target_N = logits if targets is None else targets.contiguous()
-        _launch(token_statistics_kernel, launch, logits, target_N, out)
+        _launch(token_statistics_kernel, launch, aligned, target_N, out)
     return out
 
 
@@ -260,29 +271,28 @@ def linear_cross_entropy_gradient(
 
     A chunk of classes at a time: since the logsumexp is known, no row is needed as a whole, and
     the weight's gradient is written once where a chunk of rows would have to be added to the others
-    in float32. A gradient that is not needed is empty.
+    in float32. A gradient that is not needed is empty. Hidden rows of gradient 0 must be finite.
     """
     need_hidden, need_weight, need_bias = needs
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
-    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else hidden.new_empty(0)
+    d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=torch.float32)
     d_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     d_bias = weight.new_empty(n_classes if need_bias else 0)
     if n_rows == 0:
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
-    hidden_RD = hidden.masked_fill((row_grad == 0)[:, None], 0)  # such a row may hold anything
     size = chunk_size(n_classes, n_rows)
     buffer = hidden.new_empty(min(size, n_classes) * n_rows)
     first_classes = torch.arange(0, n_classes, size, dtype=torch.int32, device=hidden.device)
     for chunk, first in enumerate(range(0, n_classes, size)):
         part = slice(first, min(first + size, n_classes))
         d_logits = buffer[: n_rows * (part.stop - first)].view(n_rows, -1)
-        _product(hidden_RD, weight[part], None if bias is None else bias[part], d_logits)
+        _product(hidden, weight[part], None if bias is None else bias[part], d_logits)
         first_class = first_classes[chunk : chunk + 1]
         _fill_gradient(
             d_logits, logsumexp, label, row_grad, first_class, d_logits, logit_scale, softcap
         )
         if need_weight:
-            torch.mm(d_logits.T, hidden_RD, out=d_weight[part])
+            torch.mm(d_logits.T, hidden, out=d_weight[part])
         if need_hidden:
             d_hidden += d_logits @ weight[part]
         if need_bias:
