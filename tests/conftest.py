@@ -3,6 +3,7 @@
 The guard: no float64 tensor is made from lower precision, since MPS has none.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -22,6 +23,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Eight devices out of one CPU, for the tests of sharding.
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Without a CUDA device, Triton's kernels run in its interpreter. Triton asks when it is imported.
+with contextlib.suppress(ImportError):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config):

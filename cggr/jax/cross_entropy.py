@@ -79,7 +79,7 @@ def linear_weighted_nll_sum(
     gradient is ``dz = g s (1 - (x / c)²)``, ``dh = dz W``, ``dW = dz^T h``, ``db = Σ dz``. The
     backward pass computes the logits again, chunk by chunk.
     """
-    return _linear((logit_scale, softcap), *_alike(hidden_RD, weight_VD, bias_V, label_R, weight_R))
+    return _linear((logit_scale, softcap), *alike(hidden_RD, weight_VD, bias_V, label_R, weight_R))
 
 
 def linear_logits(
@@ -154,7 +154,7 @@ def _linear_backward(head: _Head, arrays: Any, grad: Array) -> tuple[Any, ...]:
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _alike(*arrays: Any) -> list[Any]:
+def alike(*arrays: Any) -> list[Any]:
     """The arrays, varying over the same axes of an enclosing shard_map, as a scan needs them.
 
     Adding a zero that varies does it; outside shard_map the compiler drops it. Its transpose sums

@@ -22,8 +22,6 @@ from jax.typing import ArrayLike
 
 from cggr import spec
 from cggr.jax import dispatch
-from cggr.jax.chunks import map_row_chunks
-from cggr.jax.cross_entropy import linear_logits
 from cggr.spec import RoutingConfig, Selection, TokenStatistics, schedule, selection
 
 
@@ -99,20 +97,13 @@ def linear_token_statistics(
         True
     """
     hidden, weight, bias = checked_linear(hidden, weight, bias, logit_scale, softcap)
-    shape, n_classes = hidden.shape[:-1], weight.shape[0]
     if targets is not None:
-        targets = checked_targets(targets, shape, n_classes, ignore_index).reshape(-1)
+        targets = checked_targets(targets, hidden.shape[:-1], weight.shape[0], ignore_index)
     hidden, weight, bias = jax.lax.stop_gradient((hidden, weight, bias))
-    ignore_index = operator.index(ignore_index)
-
-    def statistics(rows: tuple[Array, Array | None]) -> TokenStatistics:
-        hidden_RD, targets_R = rows
-        logits_RV = linear_logits(hidden_RD, weight, bias, logit_scale, softcap)
-        return dispatch.token_statistics(logits_RV, targets_R, ignore_index)
-
-    rows_N = (hidden.reshape(-1, hidden.shape[-1]), targets)
-    columns = map_row_chunks(statistics, rows_N, n_classes)
-    return jax.tree.map(lambda x: x.reshape(shape), columns)
+    ignored = operator.index(ignore_index)
+    return dispatch.linear_token_statistics(
+        hidden, weight, bias, targets, ignored, logit_scale, softcap
+    )
 
 
 def token_difficulty(

@@ -15,7 +15,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
-from cggr.jax.cross_entropy import linear_weighted_nll_sum
 from cggr.jax.functional import (
     check_head,
     checked_linear,
@@ -419,7 +418,7 @@ def _linear_sum(
     logit_scale: float,
     softcap: float | None,
 ) -> Array:
-    return linear_weighted_nll_sum(
+    return dispatch.linear_weighted_nll_sum(
         rows.take(hidden), weight, bias, rows.label_R, rows.weight_R, logit_scale, softcap
     )
 

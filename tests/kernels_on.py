@@ -1,0 +1,295 @@
+"""Launches the kernels on torch tensors: on a CUDA device, without one in Triton's interpreter.
+
+Every launch here also shows that the kernel keeps to what is its own. Logits lie in a wider array
+full of NaN, which would show in the results if they were read, and must be there afterwards.
+Outputs lie between canaries. In the interpreter, every address is looked at as well.
+"""
+
+import numpy as np
+import pytest
+import torch
+import truth
+
+triton = pytest.importorskip(
+    "triton",
+    reason="Triton is not installed, which has wheels for Linux only",
+    exc_type=ImportError,
+)
+
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from cggr.kernels.linear_token_statistics import (  # noqa: E402
+    join_sums_kernel,
+    linear_sums_kernel,
+    linear_token_statistics_launch,
+)
+from cggr.kernels.selected_cross_entropy import (  # noqa: E402
+    cross_entropy_gradient_kernel,
+    cross_entropy_gradient_launch,
+)
+from cggr.kernels.token_statistics import (  # noqa: E402
+    token_statistics_kernel,
+    token_statistics_launch,
+)
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NAMES = ("entropy", "confidence", "margin", "logsumexp", "nll", "error_norm")
+CANARY = -7.25
+_MARGIN = 64  # elements before and after an array
+
+_allowed = []  # the tensors of a launch by `run`; other launches are not looked at
+
+
+class _FaithfulBuilder(interpreter.InterpreterBuilder):
+    """What a GPU does and Triton's interpreter does not."""
+
+    def create_fma(self, x, y, z):
+        # One rounding. A product of two float32 is exact in float64.
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    def create_dot(self, a, b, d, *options):
+        # The interpreter would multiply the bits of bfloat16, which NumPy does not have.
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return super().create_dot(a, b, d, *options)
+
+    def create_masked_load(self, ptrs, mask, *options):
+        if _allowed:
+            _check_addresses(ptrs, mask)
+        return super().create_masked_load(ptrs, mask, *options)
+
+    def create_masked_store(self, ptrs, value, mask, *options):
+        if _allowed:
+            _check_addresses(ptrs, mask)
+        return super().create_masked_store(ptrs, value, mask, *options)
+
+
+if INTERPRETED:
+    interpreter.interpreter_builder.__class__ = _FaithfulBuilder
+
+
+def _check_addresses(ptrs, mask):
+    """All of them multiples of what is read there, and inside a row of one of the tensors."""
+    width = ptrs.get_element_ty().primitive_bitwidth // 8
+    valid = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
+    address = ptrs.data[valid].astype(np.int64)
+    assert (address % width == 0).all(), f"{width} bytes at an address that is no multiple of them"
+    inside = np.zeros(address.shape, dtype=bool)
+    for tensor in _allowed:
+        row_bytes = tensor.shape[-1] * tensor.element_size()
+        stride_bytes = tensor.stride(0) * tensor.element_size() if tensor.ndim > 1 else row_bytes
+        row, byte = np.divmod(address - tensor.data_ptr(), max(stride_bytes, 1))
+        rows = tensor.shape[0] if tensor.ndim > 1 else 1
+        inside |= (row >= 0) & (row < rows) & (byte + width <= row_bytes)
+    assert inside.all(), f"{(~inside).sum()} addresses outside the rows of every tensor"
+
+
+def run(kernel, launch, *arguments, rows=None, **overrides):
+    """Launch a kernel on tensors and scalars, with some of its constants overridden.
+
+    `rows` is what may be read of the first tensor, where that only says from where to count.
+    """
+    unknown = set(overrides) - set(launch.constants)
+    assert not unknown, f"{kernel.__name__} has no constants {sorted(unknown)}"
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    tensors[0] = tensors[0] if rows is None else rows
+    # What is contiguous is one long row.
+    _allowed[:] = [x.reshape(-1) if x.is_contiguous() else x for x in tensors]
+    try:
+        kernel[launch.grid](
+            *arguments,
+            **launch.constants | overrides,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    finally:
+        _allowed.clear()
+
+
+def rows_of(values, *, gap=0, offset=0, fill=torch.nan):
+    """`values` (N, V) in rows of V + gap elements, the first `offset` elements after 16 bytes' end.
+
+    Returns:
+        The whole memory and the view of it that holds the values.
+    """
+    rows, classes = values.shape
+    stride = classes + gap
+    memory = torch.full((2 * _MARGIN + offset + rows * stride,), fill, dtype=values.dtype)
+    memory = memory.to(DEVICE)
+    view = memory.as_strided((rows, classes), (stride, 1), _MARGIN + offset)
+    view.copy_(values)
+    return memory, view
+
+
+class Untouched:
+    """Asserts that of a memory nothing but a view was written, on leaving a `with`."""
+
+    def __init__(self, memory, view):
+        others = torch.ones(memory.shape, dtype=torch.bool, device=memory.device)
+        others.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+        self.memory, self.others = memory, others
+        self.before = self._bits()
+
+    def _bits(self):
+        integer = torch.int32 if self.memory.element_size() == 4 else torch.int16
+        return self.memory.view(integer)[self.others]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            assert torch.equal(self._bits(), self.before), "written outside of the rows"
+
+
+def _output(rows, columns):
+    return rows_of(torch.full((rows, columns), CANARY), fill=CANARY)
+
+
+def _on_device(x):
+    return None if x is None else torch.as_tensor(x).to(DEVICE)
+
+
+def _statistics(out, has_target):
+    found = dict(zip(NAMES, out.cpu().numpy(), strict=True))
+    if not has_target:
+        for name in ("nll", "error_norm"):
+            assert (found.pop(name) == CANARY).all(), f"{name} was written without targets"
+    return found
+
+
+def token_statistics(
+    logits, targets=None, *, gap=0, offset=0, ignore_index=-100, head=None, **overrides
+):
+    """Statistics by name of logits (N, V); `head` holds logit_scale and softcap."""
+    memory, view = rows_of(logits, gap=gap, offset=offset)
+    out_memory, out = _output(len(NAMES), len(logits))
+    launch = token_statistics_launch(
+        *view.shape,
+        view.stride(0),
+        view.element_size(),
+        has_target=targets is not None,
+        ignore_index=ignore_index,
+        offset=offset,
+        **head or {},
+    )
+    targets_or_any = view if targets is None else _on_device(targets)
+    aligned = memory[_MARGIN:]
+    with Untouched(memory, view[:0]), Untouched(out_memory, out):
+        run(token_statistics_kernel, launch, aligned, targets_or_any, out, rows=view, **overrides)
+    return _statistics(out, targets is not None)
+
+
+def cross_entropy_gradient(
+    logits,
+    logsumexp,
+    labels,
+    row_grad,
+    *,
+    gap=0,
+    offset=0,
+    first_class=0,
+    in_place=False,
+    head=None,
+    **overrides,
+):
+    """Gradient (R, V) in the precision of the logits."""
+    memory, view = rows_of(logits, gap=gap, offset=offset)
+    out_memory, out = (
+        (memory, view)
+        if in_place
+        else rows_of(torch.full_like(logits, CANARY), gap=gap, offset=offset)
+    )
+    launch = cross_entropy_gradient_launch(
+        *view.shape, view.stride(0), view.element_size(), **head or {}
+    )
+    first = torch.tensor([first_class], dtype=torch.int32)
+    rows = (_on_device(x) for x in (logsumexp, labels, row_grad, first))
+    with Untouched(out_memory, out), Untouched(memory, view if in_place else view[:0]):
+        run(cross_entropy_gradient_kernel, launch, view, *rows, out, **overrides)
+    return out.cpu()
+
+
+def linear_token_statistics(
+    hidden,
+    weight,
+    bias=None,
+    targets=None,
+    *,
+    ignore_index=-100,
+    head=None,
+    split_tiles=None,
+    **overrides,
+):
+    """Statistics by name of hidden (N, D) and weight (V, D); `split_tiles` tiles to a split."""
+    assert split_tiles is not None or not overrides, "other tiles need another grid"
+    (n_rows, hidden_size), n_classes = hidden.shape, len(weight)
+    sums_launch, join_launch, splits, split_classes = linear_token_statistics_launch(
+        n_rows,
+        n_classes,
+        hidden_size,
+        has_target=targets is not None,
+        has_bias=bias is not None,
+        ignore_index=ignore_index,
+        **head or {},
+    )
+    if split_tiles is not None:
+        constants = sums_launch.constants | overrides
+        split_classes = split_tiles * constants["C"]
+        splits = triton.cdiv(n_classes, split_classes)
+        sums_launch = sums_launch._replace(grid=(triton.cdiv(n_rows, constants["M"]), splits))
+    (_, hidden), (_, weight) = rows_of(hidden), rows_of(weight)
+    bias, targets = _on_device(bias), _on_device(targets)
+    bias_or_any = hidden if bias is None else bias
+    targets_or_any = hidden if targets is None else targets
+    sums_memory, sums = _output(splits * 6, n_rows)
+    sums.fill_(torch.nan)  # what the first kernel leaves out spoils the second's results
+    out_memory, out = _output(len(NAMES), n_rows)
+    with Untouched(sums_memory, sums), Untouched(out_memory, out):
+        run(
+            linear_sums_kernel,
+            sums_launch,
+            hidden,
+            weight,
+            bias_or_any,
+            targets_or_any,
+            sums,
+            n_rows,
+            split_classes,
+            **overrides,
+        )
+        run(join_sums_kernel, join_launch, sums, targets_or_any, out, n_rows, splits)
+    return _statistics(out, targets is not None)
+
+
+def head_logits(logits, logit_scale=1.0, softcap=None):
+    """``c tanh(s z / c)``, or ``s z``, in float64; ``s z`` beyond float32 is infinite, as there."""
+    with np.errstate(all="ignore"):
+        x = np.asarray(logits, dtype=np.float64) * logit_scale
+        x = np.where(np.abs(x) > np.finfo(np.float32).max, np.sign(x) * np.inf, x)
+        return x if softcap is None else softcap * np.tanh(x / softcap)
+
+
+def expected_statistics(logits, targets=None, *, ignore_index=-100, head=None):
+    """The truth, by name, for float64 logits of the head's output."""
+    x = head_logits(logits, **head or {})
+    statistics = truth.statistics(x, targets, ignore_index)
+    expected = {name: value for name, value in statistics.items() if value is not None}
+    with np.errstate(all="ignore"):
+        top = x.max(axis=-1)
+        expected["logsumexp"] = top + np.log(np.exp(x - top[..., None]).sum(axis=-1))
+    return expected
+
+
+def assert_statistics(found, expected, *, rtol=5e-6, atol=3e-6):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        with np.errstate(over="ignore"):  # a loss may be larger than float32 goes
+            want = expected[name].astype(np.float32)
+        if name == "logsumexp":
+            rtol = 2.4e-7  # two ulps: it is as large as the logits are
+        np.testing.assert_allclose(value, want, rtol=rtol, atol=atol, err_msg=name)
