@@ -478,9 +478,9 @@ def test_the_fused_kernel_runs_where_it_fits(recorded, monkeypatch, capability):
         jax.eval_shape(linear_token_statistics, hidden, hidden)
         return launches[0][0].__name__ == "linear_sums_kernel"
 
-    assert fused("bfloat16", 2048) == (capability in ("9.0", "10.0"))
-    assert not fused("float32", 2048)
-    assert not fused("float16", 2049)
+    assert fused("bfloat16", 1024) == (capability in ("9.0", "10.0"))
+    assert not fused("float32", 1024)
+    assert not fused("float16", 1025)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])

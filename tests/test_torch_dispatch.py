@@ -24,7 +24,7 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 CLASSES, WIDTH = 77, 24
 FIXED = {"warmup_steps": 0, "dynamic_threshold": False}
 # Relative to the largest: of the logits' own rounding, which eager float64 does not have.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
