@@ -37,7 +37,9 @@ def capped_logits(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """``c tanh(s z / c)``, or ``s z`` where SOFTCAP is 0, of a head's output in float32."""
     x = z
     if SCALE != 1.0:
-        x = x * SCALE
+        # As a fused operation, so that a compiler does not fuse the product with what follows: of
+        # two equal logits one would be rounded, and huge ones would differ by huge numbers.
+        x = tl.fma(x, tl.full(x.shape, SCALE, tl.float32), tl.zeros(x.shape, tl.float32))
     if SOFTCAP > 0.0:
         # tanh(a) = sign(a) (1 - f) / (1 + f) with f = exp(-2 |a|): right at both infinities.
         f = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E / SOFTCAP))

@@ -104,6 +104,6 @@ BENCHMARK = Benchmark(
         *TIMES,
         Column("GB/s", number("gb_per_s", ",.0f")),
         Column("of torch", number("to_torch", ".3f")),
-        Column("differing", number("values_that_differ", "d")),
+        Column("differing", number("values_that_differ", ",.0f")),
     ),
 )

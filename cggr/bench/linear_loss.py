@@ -63,14 +63,16 @@ DENSE: dict[str, Callable[[], LinearLoss]] = {
 }
 
 
-def _cggr(ratio: float) -> LinearLoss:
-    return CGGRLinearLoss(
+def _cggr(ratio: float, compiled: bool) -> LinearLoss:
+    criterion = CGGRLinearLoss(
         selection="topk",
         capacity="static",
         min_tokens_ratio=ratio,
         warmup_steps=0,
         dynamic_threshold=False,
     ).cuda()
+    # What it compiles is the selection: some 200 short kernels.
+    return torch.compile(criterion, fullgraph=True, dynamic=False) if compiled else criterion
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
@@ -118,7 +120,15 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
 
     torch._dynamo.reset()  # each case is compiled for its own shape
     contestants = (
-        *(contestant(f"cggr, ratio {r:g}", functools.partial(_cggr, r), r) for r in RATIOS),
+        *(
+            contestant(
+                f"cggr, ratio {ratio:g}{', compiled' if compiled else ''}",
+                functools.partial(_cggr, ratio, compiled),
+                ratio,
+            )
+            for compiled in (False, True)
+            for ratio in RATIOS
+        ),
         *(contestant(name, make) for name, make in DENSE.items()),
     )
     rows = rows_of(measure(contestants, settings, progress))

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in memory at a time where a head's products are made by cuBLAS: 256 MiB in bfloat16. Fewer
+# Logits in memory at a time where a head's products are made by cuBLAS: 128 MiB in bfloat16. Fewer
 # cost time, in the reading of the weight (rows) or in the shape of the products (classes).
-_MAX_LOGITS = 1 << 27
+_MAX_LOGITS = 1 << 26
 _PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
 # Above it, cuBLAS's better products outweigh the logits' way through memory (see
 # cggr/kernels/README.md).
