@@ -214,6 +214,22 @@ def cross_entropy_gradient(
     return out.cpu()
 
 
+def coarse(values, dtype):
+    """Values of so few bits that every sum of their products is one of float32, in any order.
+
+    Then there is one rounding of a logit, that of its dtype, and no order decides which way.
+    """
+    return torch.from_numpy(np.round(values * 32) / 32).to(dtype)
+
+
+def rounded_logits(hidden, weight, bias=None):
+    """A head's logits, rounded to its dtype as they are where they are written, in float64."""
+    with np.errstate(all="ignore"):
+        z = hidden.double().cpu().numpy() @ weight.double().cpu().numpy().T
+        z = z if bias is None else z + bias.double().cpu().numpy()
+    return torch.from_numpy(z).to(hidden.dtype).double().numpy()
+
+
 def linear_token_statistics(
     hidden,
     weight,

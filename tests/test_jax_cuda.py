@@ -252,7 +252,7 @@ def test_loss_of_logits(dtype, run):
     value, found = run(jax.value_and_grad(dispatch.weighted_nll_sum))(logits, label, row_weight)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert found.dtype == logits.dtype
-    assert_near(found, gradient, {"float32": 1e-5, "bfloat16": 4e-3, "float16": 1e-3}[dtype])
+    assert_near(found, gradient, {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}[dtype])
     np.testing.assert_array_equal(found[1], 0)
 
 

@@ -306,8 +306,9 @@ def _chunked_statistics(
         out = statistics(hidden, target)
         return jax.lax.dynamic_update_slice_in_dim(out_6N, out, first, axis=1), None
 
-    # The last chunk ends with the last row: some rows are computed twice, to the same result.
-    firsts = jnp.minimum(jnp.arange(0, n_rows, size), n_rows - size)
+    # A slice that would go beyond the last row ends there instead, in reading and in writing: some
+    # rows are computed twice, to the same result.
+    firsts = jnp.arange(0, n_rows, size)
     zeros = jnp.zeros_like(hidden_ND, shape=(6, n_rows), dtype=jnp.float32)
     return jax.lax.scan(step, zeros, firsts)[0]
 
