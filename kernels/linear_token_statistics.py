@@ -5,7 +5,7 @@
    ``Σ e``, ``Σ e log2(e)`` and ``Σ e²`` over all classes but one largest, and the label's logit.
 2. A second kernel joins the splits and makes statistics of the sums.
 
-Reads hidden and weight, writes 28 bytes a row and split: the logits' traffic is saved, the products
+Reads hidden and weight, writes 24 bytes a row and split: the logits' traffic is saved, the products
 are those of ``hidden weight^T``.
 
 Legend: ``M`` rows of a block, ``C`` classes of a tile, ``K`` of the hidden size at a time.
@@ -17,7 +17,8 @@ import triton.language as tl
 from .arithmetic import LOG2_E, Launch, capped_logits, exponent_of, store_statistics
 
 _PROGRAMS = 132  # multiprocessors of an H100 or H200, one program on each
-# Stands for -inf: its differences and their products with an exponential of 0 are numbers.
+# Stands for -inf and all below: its differences and their products with an exponential of 0 are
+# numbers. A row without a logit above it is NaN.
 FLOOR = tl.constexpr(-1e30)
 
 
@@ -139,8 +140,7 @@ def linear_sums_kernel(
         if HAS_TARGET:
             label_M += tl.sum(tl.where(class_C[None, :] == target_M[:, None], x_MC, 0.0), axis=1)
 
-        if HAS_BIAS:
-            x_MC = tl.maximum(x_MC, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        x_MC = tl.maximum(x_MC, FLOOR, propagate_nan=tl.PropagateNan.ALL)
         tile_top = tl.max(x_MC, axis=1)
         is_top = x_MC == tile_top[:, None]
         ties = tl.sum(is_top.to(tl.float32), axis=1) - 1.0

@@ -466,9 +466,9 @@ def test_both_ways_of_a_linear_heads_statistics_are_forced():
     assert list(rows) == ["cggr", "fused", "chunked"]
     for row in rows.values():
         assert set(row["errors"]) == {"nll", "entropy", "confidence", "margin", "error_norm"}
-    # Only the chunked way rounds logits, to float16: by 2^-12 of up to 13.
-    assert max(rows["fused"]["errors"].values()) < 5e-5
-    assert 1e-4 < max(rows["chunked"]["errors"].values()) < 13 * 2**-11
+    # Either way rounds logits to float16: by 2^-9 at most, of up to 13.
+    for row in rows.values():
+        assert 5e-5 < max(row["errors"].values()) < 1e-2
 
 
 def test_values_differ_if_their_bits_do():

@@ -238,16 +238,24 @@ def true_loss(logits, label, row_weight):
     return -(u * log_p)[one_hot].sum(), gradient
 
 
-def true_linear_loss(hidden, weight, bias, label, row_weight, scale=1.0, softcap=None):
+def true_head(hidden, weight, bias, scale=1.0, softcap=None):
+    """Logits in float64, and their slope in the head's output, which is rounded to its dtype."""
+    z = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T
+    z += 0 if bias is None else np.asarray(bias, np.float64)
+    x = scale * z.astype(hidden.dtype).astype(np.float64)
+    if softcap is None:
+        return x, scale
+    x = softcap * np.tanh(x / softcap)
+    return x, scale * (1 - (x / softcap) ** 2)
+
+
+def true_linear_loss(hidden, weight, bias, label, row_weight, *head):
     """The same of a linear head, with its gradients to hidden, weight and bias."""
-    h, w, b = (np.asarray(x, np.float64) for x in (hidden, weight, bias))
-    h = np.where(np.asarray(row_weight)[:, None] == 0, 0, h)
-    x, slope = scale * (h @ w.T + b), scale
-    if softcap is not None:
-        x = softcap * np.tanh(x / softcap)
-        slope = scale * (1 - (x / softcap) ** 2)
+    hidden = jnp.where(row_weight[:, None] == 0, 0, hidden)
+    x, slope = true_head(hidden, weight, bias, *head)
     value, gradient = true_loss(x, label, row_weight)
     gradient *= slope
+    h, w = np.asarray(hidden, np.float64), np.asarray(weight, np.float64)
     return value, (gradient @ w, gradient.T @ h, gradient.sum(0))
 
 
@@ -259,11 +267,16 @@ def assert_near(got, want, tolerance):
 
 
 def rows(dtype, n_rows=7, width=24, classes=700, seed=0):
-    """Hidden, weight, bias, labels and weights of rows, of which the second counts for nothing."""
+    """Hidden, weight, bias, labels and weights of rows, of which the second counts for nothing.
+
+    Hidden, weight and bias are multiples of 1/32, so few that sums of their products are exact in
+    float32 and in any order. Then it is decided how a logit, of standard deviation 2.2, is rounded.
+    """
     rng = np.random.default_rng(seed)
     shapes = ((n_rows, width), (classes, width), (classes,))
-    # Logits of standard deviation 2.2, of which bfloat16 rounds the largest by up to 0.02.
-    hidden, weight, bias = (jnp.asarray(rng.normal(0, 2 / 3, s), dtype) for s in shapes)
+    scale = (2.2 / width**0.5) ** 0.5
+    values = (np.round(rng.normal(0, 32 * scale, shape)) / 32 for shape in shapes)
+    hidden, weight, bias = (jnp.asarray(x, dtype) for x in values)
     label = jnp.asarray(rng.integers(0, classes, n_rows), jnp.int32)
     row_weight = jnp.asarray(rng.uniform(0.5, 2, n_rows), jnp.float32).at[1].set(0)
     return hidden, weight, bias, label, row_weight
@@ -503,7 +516,7 @@ def test_no_rows_launch_nothing(recorded, monkeypatch, shape):
     assert not launches
 
 
-# The numbers, in the interpreter
+# The numbers, in the interpreter, which rounds to float16, and to bfloat16 truncates
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -541,7 +554,7 @@ def test_loss_of_logits(interpreted, dtype):
 @EITHER_VERSION
 @pytest.mark.parametrize(
     ("dtype", "with_bias", "head"),
-    [("float32", True, (1.0, None)), ("bfloat16", False, (1.0, None)), ("bfloat16", True, CAPPED)],
+    [("float32", True, (1.0, None)), ("float16", False, (1.0, None)), ("float16", True, CAPPED)],
 )
 def test_statistics_of_a_linear_head(interpreted, monkeypatch, dtype, with_bias, head):
     # float32 in chunks of four rows, of which the last begins inside the one before it.
@@ -549,25 +562,18 @@ def test_statistics_of_a_linear_head(interpreted, monkeypatch, dtype, with_bias,
     monkeypatch.setattr(triton_calls, "_PRODUCT_TILE", 4)
     monkeypatch.setattr(triton_calls, "_MAX_LOGITS", 4 * classes)
     hidden, weight, bias, label, _ = rows(dtype, n_rows, classes=classes)
-    label = label.at[0].set(-100)
+    label, bias = label.at[0].set(-100), bias if with_bias else None
     scale, softcap = head
     found = linear_token_statistics(
-        hidden,
-        weight,
-        label,
-        bias=bias if with_bias else None,
-        logit_scale=scale,
-        softcap=softcap,
+        hidden, weight, label, bias=bias, logit_scale=scale, softcap=softcap
     )
-    x = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T
-    x = scale * (x + (np.asarray(bias, np.float64) if with_bias else 0))
-    x = x if softcap is None else softcap * np.tanh(x / softcap)
+    x, _ = true_head(hidden, weight, bias, *head)
     assert_statistics(found, x, np.asarray(label), 2e-5)
 
 
 @pytest.mark.parametrize("head", [(1.0, None), CAPPED])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_loss_of_a_linear_head(interpreted, monkeypatch, dtype, with_bias, head):
     # Chunks of 256 classes, and a last one of 188.
     hidden, weight, bias, label, row_weight = rows(dtype)
@@ -589,7 +595,7 @@ def test_loss_of_a_linear_head(interpreted, monkeypatch, dtype, with_bias, head)
             assert not with_bias
             continue
         assert got.dtype == hidden.dtype
-        assert_near(got, want, 1e-5 if dtype == "float32" else 2e-2)
+        assert_near(got, want, 1e-5 if dtype == "float32" else 2e-3)
     np.testing.assert_array_equal(found[0][1], 0)
 
 
@@ -622,7 +628,7 @@ def test_a_label_that_is_no_class_is_loud_where_it_counts(interpreted):
 
 
 def test_vmap_is_a_loop(interpreted):
-    cases = [rows("bfloat16", 3, classes=40, seed=seed) for seed in range(2)]
+    cases = [rows("float16", 3, classes=40, seed=seed) for seed in range(2)]
 
     def run(hidden, weight, bias, label, row_weight):
         def total(hidden, weight, bias):
@@ -638,10 +644,10 @@ def test_vmap_is_a_loop(interpreted):
     for i, case in enumerate(cases):
         for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(single(*case)), strict=True):
             # The products are batched, and may be added up in another order.
-            assert_near(got[i], want, 1e-2)
+            assert_near(got[i], want, 2e-3)
 
 
-@pytest.mark.parametrize(("dtype", "checked"), [("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(("dtype", "checked"), [("float32", True), ("float16", False)])
 def test_inside_shard_map(interpreted, monkeypatch, dtype, checked):
     # The weights are the same on both devices: their gradient is the sum over them.
     hidden, weight, bias, label, row_weight = rows(dtype, 6, classes=300)
@@ -672,5 +678,5 @@ def test_inside_shard_map(interpreted, monkeypatch, dtype, checked):
     found = run()
     monkeypatch.setenv("CGGR_IMPLEMENTATION", "xla")
     expected = run()
-    tolerance = 1e-5 if dtype == "float32" else 4e-2  # XLA's logits are in bfloat16
+    tolerance = 1e-5 if dtype == "float32" else 5e-3  # XLA rounds logits after the soft-cap
     jax.tree.map(lambda got, want: assert_near(got, want, tolerance), found, expected)

@@ -302,3 +302,105 @@ def test_both_implementations_offer_the_same_operations():
     for name in dispatch.Implementation._fields:
         assert getattr(eager, name) is getattr(dispatch.IMPLEMENTATIONS["eager"], name)
         assert getattr(fused, name) is getattr(dispatch.IMPLEMENTATIONS["triton"], name)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_learned_token_pushes_no_more(chunked, triton, monkeypatch):
+    # Of a logit of 20 to 30, the rounding is as large as what is left of its gradient, and far
+    # larger: the probability must be that of the very logits whose logsumexp was kept.
+    _, hidden, weight, _, _ = batch(HALF)
+    hidden, targets = hidden[0], torch.arange(10, device=DEVICE)
+    weight[:10] = 25 * hidden / hidden.square().sum(dim=-1, keepdim=True) + 0.3 * weight[:10]
+    if chunked:
+        monkeypatch.setattr(ops, "_MAX_FUSED_HIDDEN", 0)
+
+    def gradient(implementation, hidden):
+        monkeypatch.setenv("CGGR_IMPLEMENTATION", implementation)
+        hidden = hidden.clone().requires_grad_()
+        CGGRLinearLoss(min_tokens_ratio=1.0, **FIXED).to(DEVICE)(
+            hidden, weight.to(hidden.dtype), targets
+        ).backward()
+        return hidden.grad
+
+    actual, expected = gradient("triton", hidden), gradient("eager", hidden)
+    exact = gradient("eager", hidden.double())
+    error = (actual.double() - exact).abs().max()
+    assert error <= 3 * (expected.double() - exact).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("layout", ["expanded", "overlapping", "strided", "far apart"])
+def test_gradients_of_rows_in_any_layout(layout, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(6, device=DEVICE)
+
+    def gradient(implementation):
+        monkeypatch.setenv("CGGR_IMPLEMENTATION", implementation)
+        base = torch.randn(6, 1000, generator=generator.manual_seed(0)).to(DEVICE)
+        base.requires_grad_()
+        logits = {
+            "expanded": lambda: base[:1, :77].expand(6, 77),
+            "overlapping": lambda: base.reshape(-1)[:82].unfold(0, 77, 1),
+            "strided": lambda: base[:, :77],
+            "far apart": lambda: base[:, ::10],
+        }[layout]()
+        CGGRLoss(min_tokens_ratio=1.0, **FIXED).to(DEVICE)(logits, targets).backward()
+        return base.grad
+
+    torch.testing.assert_close(gradient("triton"), gradient("eager"), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_what_cannot_be_differentiated_twice_says_so(kind, triton):
+    logits, hidden, weight, _, targets = batch()
+    x = (logits if kind == "logits" else hidden).requires_grad_()
+    criterion = (CGGRLoss if kind == "logits" else CGGRLinearLoss)(**FIXED).to(DEVICE)
+    loss = criterion(x, targets) if kind == "logits" else criterion(x, weight, targets)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_an_infinite_gradient_leaves_the_others_alone(triton):
+    logits, _, _, _, targets = batch()
+    loss = CGGRLoss(selection="random", **FIXED).to(DEVICE)(logits.requires_grad_(), targets)
+    (loss * torch.inf).backward()
+    assert 0 < (logits.grad != 0).any(dim=-1).sum() < 10
+
+
+@pytest.mark.parametrize("dtypes", [("half", "float"), ("float", "half"), ("float", "float")])
+def test_autocast_gives_a_head_its_precision(dtypes, triton):
+    _, hidden, weight, _, targets = batch()
+    kinds = {"half": HALF, "float": torch.float32}
+    with torch.autocast(DEVICE, dtype=HALF):
+        result = linear_token_statistics(
+            hidden.to(kinds[dtypes[0]]), weight.to(kinds[dtypes[1]]), targets
+        )
+    expected = linear_token_statistics(hidden.to(HALF), weight.to(HALF), targets)
+    assert torch.equal(result.nll, expected.nll)
+
+
+def test_memory_of_others_may_begin_anywhere(triton):
+    if DEVICE == "cuda":
+        pytest.skip("NumPy's memory is on the CPU; PyTorch's begins where the kernel wants it")
+    import numpy as np
+
+    memory = np.random.default_rng(0).normal(0, 3, 6 * 100 + 8).astype(np.float32)
+    odd = next(i for i in range(1, 5) if memory[i:].ctypes.data % 16)
+    logits = torch.from_numpy(memory[odd : odd + 600].reshape(6, 100)[:, :77])
+    assert logits.storage_offset() == 0
+    targets = torch.arange(6)
+    expected = truth.statistics(logits.numpy(), targets.numpy())
+    np.testing.assert_allclose(
+        token_statistics(logits, targets).nll, expected["nll"], rtol=5e-6, atol=3e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_operators_of_a_transposed_weight():
+    _, hidden, weight, bias, targets = batch()
+    hidden, target = hidden.reshape(-1, WIDTH), targets.reshape(-1).clamp(min=0)
+    weight = weight.T.contiguous().T
+    logsumexp = (hidden @ weight.T).logsumexp(-1)
+    arguments = (logsumexp, target, torch.ones_like(logsumexp), 1.0, None, [True, True, False])
+    torch.library.opcheck(ops.linear_cross_entropy_gradient, (hidden, weight, bias, *arguments))
+    torch.library.opcheck(ops.linear_token_statistics, (hidden, weight, bias, target, -100))

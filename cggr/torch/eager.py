@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cggr import spec
 from cggr.spec import TokenStatistics
-from cggr.torch.selected import Scored, SelectedRows
+from cggr.torch.selected import Scored, SelectedRows, differentiable_once
 
 # How many logits are worked on at a time. A head's product wants many rows; on the CPU, what
 # follows it wants them to stay in the cache. An accelerator wants few launches.
@@ -197,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RD, weight_VD, bias_V, class_R, row_weight_R = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

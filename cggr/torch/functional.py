@@ -95,6 +95,7 @@ def linear_token_statistics(
     check_linear(hidden, weight, bias, softcap)
     if targets is not None:
         targets = checked_targets(targets, hidden.shape[:-1], weight.shape[0], ignore_index)
+    hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
     scored = dispatch.implementation(hidden).linear_token_statistics(
         hidden, weight, bias, targets, ignore_index, logit_scale, softcap
     )
@@ -230,6 +231,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def in_autocast_dtype(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head in the precision that autocast, where it is on, gives torch's own linear."""
+    dtype = autocast_dtype(hidden)
+    if dtype is None:
+        return hidden, weight, bias
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def checked_targets(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cggr.spec import TokenStatistics
 from cggr.torch import ops
-from cggr.torch.selected import Scored, SelectedRows
+from cggr.torch.selected import Scored, SelectedRows, differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def token_statistics(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Scored:
     """Statistics of every row of logits ``(..., V)``."""
     logits, shape = logits.detach(), logits.shape[:-1]
-    if logits.dim() == 3 and logits.stride(0) != shape[1] * logits.stride(1):
+    if logits.dim() == 3 and shape[0] and logits.stride(0) != shape[1] * logits.stride(1):
         # Such as logits[:, :-1], whose rows no single stride reaches: each sequence on its own.
         parts = [
             ops.token_statistics(
@@ -165,6 +165,10 @@ def _weighted_sum(weight_R: Tensor, nll_R: Tensor) -> Tensor:
     return torch.where(weight_R == 0, 0, weight_R * nll_R).sum()  # 0 times NaN
 
 
+def _row_gradients(weight_R: Tensor, grad: Tensor) -> Tensor:
+    return torch.where(weight_R == 0, 0, weight_R * grad)  # 0 times infinity
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """``Σ w nll`` of rows whose nll and logsumexp are known; gradient ``w (softmax - onehot)``."""
 
@@ -181,10 +185,11 @@ class _CrossEntropySum(torch.autograd.Function):
         return _weighted_sum(weight_N, nll_N)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits_NV, logsumexp_N, label_N, weight_N = ctx.saved_tensors
-        gradient = ops.cross_entropy_gradient(logits_NV, logsumexp_N, label_N, weight_N * grad)
+        row_grad_N = _row_gradients(weight_N, grad)
+        gradient = ops.cross_entropy_gradient(logits_NV, logsumexp_N, label_N, row_grad_N)
         return gradient, None, None, None, None
 
 
@@ -209,7 +214,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return _weighted_sum(weight_R, nll_R)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -219,7 +224,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             bias_V,
             logsumexp_R,
             label_R,
-            weight_R * grad,
+            _row_gradients(weight_R, grad),
             *ctx.head,
             list(needs),
         )

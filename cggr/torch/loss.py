@@ -16,10 +16,10 @@ from cggr.spec import RoutingConfig, TokenStatistics
 from cggr.spec.schedule import ONE
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import (
-    autocast_dtype,
     check_linear,
     check_logits,
     checked_targets,
+    in_autocast_dtype,
     select_tokens,
     token_difficulty,
 )
@@ -157,7 +157,7 @@ class CGGRLoss(_SelectiveLoss):
 
         Returns:
             Scalar, float32 (float64 for float64 logits); a zero connected to the graph when
-            nothing is eligible.
+            nothing is eligible. By the Triton kernels its gradient can be taken once.
 
         Raises:
             TypeError: A dtype is wrong.
@@ -272,11 +272,7 @@ class CGGRLinearLoss(_SelectiveLoss):
             )
         n_classes, ignore_index = weight.shape[0], self.config.ignore_index
         targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
-        # Inside autocast the head computes in the low precision, as torch's own linear does.
-        low_precision = autocast_dtype(hidden)
-        if low_precision is not None:
-            hidden, weight = hidden.to(low_precision), weight.to(low_precision)
-            bias = None if bias is None else bias.to(low_precision)
+        hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
         with _without_autocast(hidden.device.type):
             operations, scored = implementation(hidden), None
             head = (self.logit_scale, self.softcap)

@@ -27,6 +27,9 @@ _MAX_FUSED_HIDDEN = 1024
 
 def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
     device = arguments[0].device
+    elsewhere = [x.device for x in arguments if isinstance(x, Tensor) and x.device != device]
+    if elsewhere:
+        raise ValueError(f"all tensors must be on {device}, got one on {elsewhere[0]}.")
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[launch.grid](
             *arguments,
@@ -45,12 +48,21 @@ def _with_rows(logits_NV: Tensor) -> Tensor:
     return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
 
 
+def _like_rows(logits_NV: Tensor) -> Tensor:
+    """New memory for rows like these: at the same distance, where that wastes less than a half."""
+    n_rows, n_classes = logits_NV.shape
+    distance, within = logits_NV.stride()
+    padded = within == 1 and n_classes <= distance < 2 * n_classes
+    return logits_NV.new_empty_strided((n_rows, n_classes), (distance if padded else n_classes, 1))
+
+
 def _aligned(logits_NV: Tensor) -> tuple[Tensor, int]:
     """A view that begins at a multiple of 16 bytes, and the elements from there to the logits."""
     offset = logits_NV.data_ptr() % 16 // logits_NV.element_size()
     first = logits_NV.storage_offset() - offset
     if first < 0:  # memory that torch did not allocate
-        return logits_NV.clone(), 0
+        copy = logits_NV.new_empty_strided(logits_NV.shape, logits_NV.stride())
+        return copy.copy_(logits_NV), 0
     return logits_NV.as_strided(logits_NV.shape, logits_NV.stride(), first), offset
 
 
@@ -105,12 +117,9 @@ def cross_entropy_gradient(
     logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor
 ) -> Tensor:
     """Gradient of ``Σ row_grad nll`` to logits ``(N, V)``; rows of gradient 0 cost their zeros."""
-    logits = _with_rows(logits)
-    n_rows, n_classes = logits.shape
-    # Of the logits' own stride, which may be longer than a row.
-    gradient = torch.empty_strided(
-        (n_rows, n_classes), logits.stride(), dtype=logits.dtype, device=logits.device
-    )
+    gradient = _like_rows(logits)
+    if logits.stride() != gradient.stride():  # the kernel has one for both
+        logits = logits.contiguous()
     first_class = torch.zeros(1, dtype=torch.int32, device=logits.device)
     _fill_gradient(logits, logsumexp, label, row_grad, first_class, gradient, 1.0, None)
     return gradient
@@ -118,11 +127,7 @@ def cross_entropy_gradient(
 
 @cross_entropy_gradient.register_fake
 def _(logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor) -> Tensor:
-    if logits.stride(1) != 1:
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
-    )
+    return _like_rows(logits)
 
 
 def _fill_gradient(
@@ -276,7 +281,7 @@ def linear_cross_entropy_gradient(
     need_hidden, need_weight, need_bias = needs
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
     d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=torch.float32)
-    d_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = weight.new_empty(n_classes if need_bias else 0)
     if n_rows == 0:
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()

@@ -6,7 +6,9 @@ classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +53,26 @@ class SelectedRows(NamedTuple):
             return rows_NX
         rows_RX = rows_NX.index_select(0, self.index_R)
         return rows_RX if self.unused_R is None else rows_RX.masked_fill(self.unused_R[:, None], 0)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that is not itself differentiable, and says so where one would need it.
+
+    ``once_differentiable`` alone raises only if nothing else of the sum can be differentiated: a
+    gradient penalty beside the loss would lose its part in silence.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True: the gradient of this loss cannot be differentiated again. "
+                "That of CGGRLoss can where CGGR_IMPLEMENTATION=eager."
+            )
+        return once(ctx, grad)
+
+    return checked
 
 
 def selected_rows(
