@@ -26,6 +26,7 @@ from test_jax_dispatch import (
 
 import cggr.jax
 from cggr.jax import CGGRLinearLoss, CGGRLoss, RoutingConfig, dispatch, triton_calls
+from cggr.kernels import chunks
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed", exc_type=ImportError)
 
@@ -221,7 +222,7 @@ def test_statistics(classes, dtype):
 )
 def test_statistics_of_a_linear_head(monkeypatch, dtype, width, with_bias, head):
     hidden, weight, bias, label, _ = rows(dtype, 700, width, 3000)
-    monkeypatch.setattr(triton_calls, "_MAX_LOGITS", 256 * 3000)
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 256 * 3000)
     label, bias = label.at[0].set(-100), bias if with_bias else None
     scale, softcap = head
     found = jax.jit(
@@ -256,7 +257,7 @@ def test_loss_of_logits(dtype, run):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_loss_of_a_linear_head(monkeypatch, dtype, with_bias, head, run):
     # Chunks of 256 rows in the forward, in the backward pass of 1024 classes and one of 905.
-    monkeypatch.setattr(triton_calls, "_MAX_LOGITS", 256 * 5001)
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 256 * 5001)
     monkeypatch.setattr(triton_calls, "_MAX_LOGITS_BACKWARD", 1024 * 300)
     hidden, weight, bias, label, row_weight = rows(dtype, 300, classes=5001)
     shift = bias if with_bias else jnp.zeros_like(bias)

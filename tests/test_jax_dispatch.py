@@ -30,6 +30,7 @@ from cggr.jax import (
     token_statistics,
     triton_calls,
 )
+from cggr.kernels import chunks
 
 OUTPUT = object()  # the pointer of a launch's result
 
@@ -559,8 +560,8 @@ def test_loss_of_logits(interpreted, dtype):
 def test_statistics_of_a_linear_head(interpreted, monkeypatch, dtype, with_bias, head):
     # float32 in chunks of four rows, of which the last begins inside the one before it.
     n_rows, classes = (9, 20) if dtype == "float32" else (5, 700)
-    monkeypatch.setattr(triton_calls, "_PRODUCT_TILE", 4)
-    monkeypatch.setattr(triton_calls, "_MAX_LOGITS", 4 * classes)
+    monkeypatch.setattr(chunks, "PRODUCT_TILE", 4)
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 4 * classes)
     hidden, weight, bias, label, _ = rows(dtype, n_rows, classes=classes)
     label, bias = label.at[0].set(-100), bias if with_bias else None
     scale, softcap = head

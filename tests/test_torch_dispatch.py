@@ -6,6 +6,7 @@ import pytest
 import torch
 import truth
 
+from cggr.kernels import chunks
 from cggr.torch import (
     CGGRLinearLoss,
     CGGRLoss,
@@ -123,9 +124,9 @@ def test_linear_loss_and_gradients_are_those_of_eager_float64(
     hidden[0, 1] = torch.nan
     options = {"softcap": 6.0, "logit_scale": 0.7} if head == "softcap and scale" else {}
     if chunked:  # of every product: several chunks of rows, and of classes
-        monkeypatch.setattr(ops, "_MAX_FUSED_HIDDEN", 0)
-        monkeypatch.setattr(ops, "_MAX_LOGITS", 300)
-        monkeypatch.setattr(ops, "_PRODUCT_TILE", 8)
+        monkeypatch.setattr(chunks, "MAX_FUSED_HIDDEN", 0)
+        monkeypatch.setattr(chunks, "MAX_LOGITS", 300)
+        monkeypatch.setattr(chunks, "PRODUCT_TILE", 8)
 
     def run(implementation, *tensors):
         monkeypatch.setenv("CGGR_IMPLEMENTATION", implementation)
@@ -216,8 +217,8 @@ def test_a_scorer_scores_a_chunk_at_a_time(triton, monkeypatch):
     ids = token_ids().to(DEVICE)
     scorer = CGGRScorer(create_truncated_router(model, 1), **FIXED).to(DEVICE)
     whole = scorer(ids, labels=ids)[0]
-    monkeypatch.setattr(ops, "_MAX_LOGITS", 300)
-    monkeypatch.setattr(ops, "_PRODUCT_TILE", 4)
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 300)
+    monkeypatch.setattr(chunks, "PRODUCT_TILE", 4)
     chunked = scorer(ids, labels=ids)[0]
     monkeypatch.setenv("CGGR_IMPLEMENTATION", "eager")
     assert_close(chunked, whole, 1e-6)
@@ -313,7 +314,7 @@ def test_a_learned_token_pushes_no_more(chunked, triton, monkeypatch):
     hidden, targets = hidden[0], torch.arange(10, device=DEVICE)
     weight[:10] = 25 * hidden / hidden.square().sum(dim=-1, keepdim=True) + 0.3 * weight[:10]
     if chunked:
-        monkeypatch.setattr(ops, "_MAX_FUSED_HIDDEN", 0)
+        monkeypatch.setattr(chunks, "MAX_FUSED_HIDDEN", 0)
 
     def gradient(implementation, hidden):
         monkeypatch.setenv("CGGR_IMPLEMENTATION", implementation)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import os
 from typing import Any
 
@@ -22,18 +21,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from cggr.jax.cross_entropy import alike
+from cggr.kernels.chunks import chunk_size, fuses
 from cggr.spec import TokenStatistics
 
 DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
 
-# Logits in memory at a time where a head's products are made by cuBLAS: fewer cost time, in the
-# reading of the weight (rows) or in the shape of the products (classes). The backward pass has
-# their gradient beside them.
-_MAX_LOGITS = 1 << 26
+# Of the backward pass, which has their gradient beside the logits.
 _MAX_LOGITS_BACKWARD = 1 << 25
-_PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
-# Above it, the fused kernel waits for hidden states that the cache no longer holds.
-_MAX_FUSED_HIDDEN = 1024
 
 # The usual one, so that a loss needs no other kernel than the statistics. What has this label is a
 # fault in a row that counts: see _loud.
@@ -158,7 +152,7 @@ def _linear_backward(head: _Head, saved: Any, grad: Array) -> tuple[Any, ...]:
         return d_hidden, d_weight, d_bias
 
     n_rows, n_classes = hidden_RD.shape[0], weight_VD.shape[0]
-    size = _chunk_size(n_classes, n_rows, _MAX_LOGITS_BACKWARD)
+    size = min(n_classes, chunk_size(n_classes, n_rows, _MAX_LOGITS_BACKWARD))
     whole, left = divmod(n_classes, size)
     zeros = (
         jnp.zeros_like(hidden_RD, dtype=jnp.float32),
@@ -226,16 +220,12 @@ def _linear_statistics(
     head: _Head,
 ) -> Array:
     """By whichever of the two ways below is faster for these shapes."""
-    way = _fused_statistics if _fuses(hidden_ND) else _chunked_statistics
-    return way(hidden_ND, weight_VD, bias_V, target_N, ignore_index, head)
-
-
-def _fuses(hidden_ND: Array) -> bool:
-    if hidden_ND.dtype.itemsize != 2 or hidden_ND.shape[1] > _MAX_FUSED_HIDDEN:
-        return False
-    # Its tiles want the shared memory of a Hopper or of a data-centre Blackwell.
+    # Elsewhere than on a GPU, where nothing is launched, as on the device that it is written for.
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    return capability.split(".")[0] in ("9", "10")
+    major = int(capability.split(".")[0])
+    fused = fuses(hidden_ND.shape[1], hidden_ND.dtype.itemsize, major)
+    way = _fused_statistics if fused else _chunked_statistics
+    return way(hidden_ND, weight_VD, bias_V, target_N, ignore_index, head)
 
 
 def _fused_statistics(
@@ -295,7 +285,7 @@ def _chunked_statistics(
         return _statistics(_product(hidden, weight_VD, bias_V), target, ignore_index, head)
 
     n_rows = hidden_ND.shape[0]
-    size = _chunk_size(n_rows, weight_VD.shape[0], _MAX_LOGITS)
+    size = min(n_rows, chunk_size(n_rows, weight_VD.shape[0]))
     if size == n_rows:
         return statistics(hidden_ND, target_N)
 
@@ -311,12 +301,6 @@ def _chunked_statistics(
     firsts = jnp.arange(0, n_rows, size)
     zeros = jnp.zeros_like(hidden_ND, shape=(6, n_rows), dtype=jnp.float32)
     return jax.lax.scan(step, zeros, firsts)[0]
-
-
-def _chunk_size(length: int, width: int, limit: int) -> int:
-    """Size of equal chunks of `length`, of at most `limit` logits with `width`, in whole tiles."""
-    chunks = max(1, math.ceil(length * width / limit))
-    return min(length, math.ceil(length / (chunks * _PRODUCT_TILE)) * _PRODUCT_TILE)
 
 
 def _product(hidden: Array, weight: Array, bias: Array | None) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cggr.kernels.chunks import chunk_size
 from cggr.spec import TokenStatistics
 from cggr.torch import ops
 from cggr.torch.selected import Scored, SelectedRows, differentiable_once
@@ -71,7 +72,7 @@ def chunked_statistics(
     """Statistics of ``project(rows)``, whose logits are in memory a chunk of rows at a time."""
     rows_ND = rows.detach().reshape(-1, rows.shape[-1])
     target_N = None if targets is None else targets.reshape(-1)
-    size = ops.chunk_size(rows_ND.shape[0], n_classes)
+    size = chunk_size(rows_ND.shape[0], n_classes)
     with torch.no_grad():
         parts = [
             ops.token_statistics(

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in memory at a time where a head's products are made by cuBLAS: 128 MiB in bfloat16. Fewer
-# cost time, in the reading of the weight (rows) or in the shape of the products (classes).
-_MAX_LOGITS = 1 << 26
-_PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
-# Above it, cuBLAS's better products outweigh the logits' way through memory (see
-# cggr/kernels/README.md).
-_MAX_FUSED_HIDDEN = 1024
+from cggr.kernels.chunks import chunk_size, fuses
 
 
 def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
@@ -178,20 +172,16 @@ def linear_token_statistics(
 
     By whichever of the two ways below is faster for these shapes.
     """
-    way = linear_statistics_fused if _fuses(hidden) else linear_statistics_chunked
+    # In the interpreter, on the CPU, it runs as on the device that it is written for.
+    capability = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 9
+    fused = fuses(hidden.shape[1], hidden.element_size(), capability)
+    way = linear_statistics_fused if fused else linear_statistics_chunked
     return way(hidden, weight, bias, targets, ignore_index, logit_scale, softcap)
 
 
 @linear_token_statistics.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, *head: Any) -> Tensor:
     return _empty_statistics(hidden, targets)
-
-
-def _fuses(hidden_ND: Tensor) -> bool:
-    if hidden_ND.element_size() != 2 or hidden_ND.shape[1] > _MAX_FUSED_HIDDEN:
-        return False
-    # Its tiles want the shared memory of a Hopper or of a data-centre Blackwell.
-    return not hidden_ND.is_cuda or torch.cuda.get_device_capability(hidden_ND.device)[0] in (9, 10)
 
 
 def linear_statistics_fused(
@@ -313,13 +303,6 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, *arguments: Any) -> tuple[Tenso
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )
-
-
-def chunk_size(length: int, width: int) -> int:
-    """Size of equal chunks of `length`, of at most `_MAX_LOGITS` with `width`, in whole tiles."""
-    tiles = -(-length // _PRODUCT_TILE)
-    chunks = max(1, -(-length * width // _MAX_LOGITS))
-    return max(1, -(-tiles // chunks)) * _PRODUCT_TILE
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
