@@ -36,7 +36,7 @@ bench: $(VENV)/bench.stamp
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make test-gpu needs a PYTHON whose torch sees a CUDA device" >&2; exit 1; }
-	OMP_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 8
+	OMP_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n logical --maxprocesses 12
 	@command -v compute-sanitizer >/dev/null \
 		|| { echo "compute-sanitizer is not on PATH: memcheck and racecheck are skipped"; exit 0; }; \
 	for tool in memcheck racecheck; do \

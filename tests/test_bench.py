@@ -444,6 +444,14 @@ def test_the_statistics_are_measured_against_their_error():
     assert rows["read loop, 4096"]["bytes"] == 32768 * 2  # the whole rows in 16 x 2080 bfloat16
 
 
+# Its runtime bounds of a loop are more than the interpreter of triton 3.6 takes with NumPy 2.4.
+interprets_the_fused_kernel = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="the kernels are compiled for the CUDA device here: cggr bench",
+)
+
+
+@interprets_the_fused_kernel
 def test_all_losses_take_the_same_step():
     rows = measured_on_cpu("linear_loss", Case(40, 300, hidden_size=32, dtype="float16"), **TRITON)
     assert rows["Liger"]["error"].startswith("ModuleNotFoundError: ")
@@ -459,6 +467,7 @@ def test_all_losses_take_the_same_step():
     assert rows["cggr, ratio 1"]["to_fastest_dense"] == 1.0
 
 
+@interprets_the_fused_kernel
 def test_both_ways_of_a_linear_heads_statistics_are_forced():
     rows = measured_on_cpu(
         "linear_statistics", Case(70, 300, hidden_size=32, dtype="float16"), **TRITON

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "device": "cpu",
         "backend": "torch",
     }
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == metadata.version("torch")
     again = race(*SMALL, "--budget", "6steps")
     assert again.exit_code == 2
     assert again.stderr == (
