@@ -41,10 +41,15 @@ def capped_logits(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
         # two equal logits one would be rounded, and huge ones would differ by huge numbers.
         x = tl.fma(x, tl.full(x.shape, SCALE, tl.float32), tl.zeros(x.shape, tl.float32))
     if SOFTCAP > 0.0:
-        # tanh(a) = sign(a) (1 - f) / (1 + f) with f = exp(-2 |a|): right at both infinities.
+        # tanh(a) = sign(a) (1 - f) / (1 + f) with f = exp(-2 |a|): right at both infinities. Where
+        # 1 - f would lose digits, its series, whose next term is below 1e-9.
+        a = x / SOFTCAP
         f = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E / SOFTCAP))
         tanh = (1.0 - f) / (1.0 + f)
-        x = tl.where(x < 0.0, -SOFTCAP * tanh, SOFTCAP * tanh)
+        b = a * a
+        small = 1.0 + b * (-1.0 / 3.0 + b * (2.0 / 15.0 + b * (-17.0 / 315.0 + b * 62.0 / 2835.0)))
+        tanh = tl.where(a < 0.0, -SOFTCAP * tanh, SOFTCAP * tanh)
+        x = tl.where(b < 0.04, x * small, tanh)
     return x
 
 
@@ -53,6 +58,14 @@ def log1p(x):
     """Without the loss of small x against 1 (Kahan)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """Without the loss of small results against 1 (Kahan)."""
+    u = tl.exp(x)
+    slope = tl.where(u == 0.0, 1.0, x / tl.log(u))
+    return tl.where(u == 1.0, x, (u - 1.0) * slope)
 
 
 @triton.jit
@@ -81,7 +94,8 @@ def store_statistics(
     """Statistics from sums of ``e = exp(x - top)`` over all classes but one largest.
 
     They are ``rest = Σ e``, ``weighted = Σ e log2(e)`` and ``squares = Σ e²``. `out_ptr` points at
-    six rows of `n_rows`: entropy, confidence, margin, logsumexp, and with targets nll, error norm.
+    six rows of `n_rows`: entropy, margin, confidence, top, and with targets nll, error norm. The
+    middle ones give a row's softmax and its gradient: ``p = confidence exp(x - top)``.
     """
     out_ptr += row
     stride = tl.cast(n_rows, tl.int64)
@@ -89,10 +103,10 @@ def store_statistics(
     exp_sum = 1.0 + rest
     log_sum = log1p(rest)
     tl.store(out_ptr, log_sum - LN_2 * weighted / exp_sum, mask=valid_row)
-    tl.store(out_ptr + stride, 1.0 / exp_sum, mask=valid_row)
     margin = (1.0 - tl.exp2(exponent_of(second, top))) / exp_sum
-    tl.store(out_ptr + 2 * stride, margin, mask=valid_row)
-    tl.store(out_ptr + 3 * stride, top + log_sum, mask=valid_row)
+    tl.store(out_ptr + stride, margin, mask=valid_row)
+    tl.store(out_ptr + 2 * stride, 1.0 / exp_sum, mask=valid_row)
+    tl.store(out_ptr + 3 * stride, top, mask=valid_row)
     if HAS_TARGET:
         ignored = target == IGNORE_INDEX
         fault = tl.where((target >= 0) & (target < V), 0.0, float("nan"))

@@ -8,11 +8,24 @@ PRODUCT_TILE = 256  # rows or classes; a chunk is a multiple of it
 MAX_FUSED_HIDDEN = 1024
 
 
-def chunk_size(length: int, width: int, limit: int | None = None) -> int:
-    """Size of equal chunks of `length`, of at most `limit` logits with `width`, in whole tiles."""
-    tiles = -(-length // PRODUCT_TILE)
-    chunks = max(1, -(-length * width // (limit or MAX_LOGITS)))
+def row_chunk(n_rows: int, n_classes: int) -> int:
+    """Rows of each of equal chunks of all: whole tiles, one at least, within MAX_LOGITS."""
+    tiles, most = -(-n_rows // PRODUCT_TILE), _most_tiles(n_classes, MAX_LOGITS)
+    chunks = max(1, -(-tiles // most))
     return max(1, -(-tiles // chunks)) * PRODUCT_TILE
+
+
+def class_chunk(n_rows: int, limit: int | None = None) -> int:
+    """Classes of a chunk for so many rows, whose number may change from step to step.
+
+    A power of two of tiles: the kernel that follows is compiled for it, and should not be often.
+    """
+    most = _most_tiles(n_rows, limit or MAX_LOGITS)
+    return (1 << (most.bit_length() - 1)) * PRODUCT_TILE
+
+
+def _most_tiles(width: int, limit: int) -> int:
+    return max(1, limit // (max(width, 1) * PRODUCT_TILE))
 
 
 def fuses(hidden_size: int, itemsize: int, capability: int) -> bool:

@@ -132,7 +132,7 @@ def linear_sums_kernel(
         if HAS_BIAS:
             x_MC += tl.load(bias_ptr + read_C).to(tl.float32)[None, :]
         # Rounded as the same head's logits are where they are written: the probabilities that the
-        # backward pass makes of them are then those that belong to this logsumexp.
+        # backward pass makes of them are then those that belong to this maximum.
         x_MC = x_MC.to(hidden_ptr.dtype.element_ty).to(tl.float32)
         x_MC = capped_logits(x_MC, SCALE, SOFTCAP)
         if V % C != 0:

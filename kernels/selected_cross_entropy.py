@@ -1,8 +1,12 @@
-"""Gradient of ``Σ_r g_r nll_r`` to rows of logits, from their saved logsumexp.
+"""Gradient of ``Σ_r g_r nll_r`` to rows of logits, from what their statistics left.
 
 With ``x = c tanh(s z / c)`` (or ``x = s z`` without soft-cap) of the head's output ``z``::
 
-    dz_v = g s (1 - (x_v / c)²) (exp(x_v - logsumexp) - [v = y])
+    dz_v = g s (1 - (x_v / c)²) (p_v - [v = y]),    p_v = confidence exp(x_v - top)
+
+Large logits lose nothing by it, as they would in ``exp(x_v - logsumexp)``. Of the label,
+``p_y - 1`` is ``expm1(-nll)``: the logits may be rounded otherwise than those that were scored, and
+the difference would push a token that is learned.
 
 A program takes a block of a row. A row with ``g = 0`` is not read: it costs its zeros. Rows may
 begin anywhere: blocks begin at a multiple of 16 bytes, and only those at the ends are masked.
@@ -11,7 +15,7 @@ begin anywhere: blocks begin at a multiple of 16 bytes, and only those at the en
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2_E, Launch, capped_logits
+from .arithmetic import LOG2_E, Launch, capped_logits, expm1
 
 
 def cross_entropy_gradient_launch(
@@ -43,9 +47,11 @@ def cross_entropy_gradient_launch(
 
 
 @triton.jit
-def _gradient(z, column, label, logsumexp, row_grad, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _gradient(
+    z, is_label, confidence, top, of_label, row_grad, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
+):
     x = capped_logits(z.to(tl.float32), SCALE, SOFTCAP)
-    gradient = tl.exp2((x - logsumexp) * LOG2_E) - tl.where(column == label, 1.0, 0.0)
+    gradient = tl.where(is_label, of_label, confidence * tl.exp2((x - top) * LOG2_E))
     if SOFTCAP > 0.0:
         gradient *= 1.0 - (x / SOFTCAP) * (x / SOFTCAP)
     return gradient * (row_grad * SCALE)
@@ -54,7 +60,7 @@ def _gradient(z, column, label, logsumexp, row_grad, SCALE: tl.constexpr, SOFTCA
 @triton.jit
 def cross_entropy_gradient_kernel(
     logits_ptr,
-    logsumexp_ptr,
+    softmax_ptr,
     label_ptr,
     row_grad_ptr,
     first_class_ptr,
@@ -68,7 +74,8 @@ def cross_entropy_gradient_kernel(
 ):
     """``out = gradient`` of logits ``(R, V)``, into an array of the same strides, or the same one.
 
-    `first_class_ptr` points at the class of the first column, where the columns are a part of all.
+    `softmax_ptr` points at three rows: confidence, top and nll. `first_class_ptr` points at the
+    class of the first column, where the columns are a part of all.
     """
     row = tl.program_id(0).to(tl.int64)
     start = row * STRIDE
@@ -88,13 +95,16 @@ def cross_entropy_gradient_kernel(
         else:
             tl.store(target_ptr, zeros, mask=valid)
     else:
-        logsumexp = tl.load(logsumexp_ptr + row)
-        label = tl.load(label_ptr + row).to(tl.int32) - tl.load(first_class_ptr)
+        n_rows = tl.num_programs(0).to(tl.int64)
+        confidence = tl.load(softmax_ptr + row)
+        top = tl.load(softmax_ptr + n_rows + row)
+        of_label = expm1(-tl.load(softmax_ptr + 2 * n_rows + row))
+        is_label = column == tl.load(label_ptr + row).to(tl.int32) - tl.load(first_class_ptr)
         if is_inner:
             z = tl.load(source_ptr)
-            gradient = _gradient(z, column, label, logsumexp, row_grad, SCALE, SOFTCAP)
+            gradient = _gradient(z, is_label, confidence, top, of_label, row_grad, SCALE, SOFTCAP)
             tl.store(target_ptr, gradient.to(gradient_ptr.dtype.element_ty))
         else:
             z = tl.load(source_ptr, mask=valid, other=0.0)
-            gradient = _gradient(z, column, label, logsumexp, row_grad, SCALE, SOFTCAP)
+            gradient = _gradient(z, is_label, confidence, top, of_label, row_grad, SCALE, SOFTCAP)
             tl.store(target_ptr, gradient.to(gradient_ptr.dtype.element_ty), mask=valid)

@@ -35,7 +35,7 @@ from cggr.kernels.token_statistics import (  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
-NAMES = ("entropy", "confidence", "margin", "logsumexp", "nll", "error_norm")
+NAMES = ("entropy", "margin", "confidence", "top", "nll", "error_norm")
 CANARY = -7.25
 _MARGIN = 64  # elements before and after an array
 
@@ -186,7 +186,7 @@ def token_statistics(
 
 def cross_entropy_gradient(
     logits,
-    logsumexp,
+    softmax,
     labels,
     row_grad,
     *,
@@ -208,7 +208,7 @@ def cross_entropy_gradient(
         *view.shape, view.stride(0), view.element_size(), **head or {}
     )
     first = torch.tensor([first_class], dtype=torch.int32)
-    rows = (_on_device(x) for x in (logsumexp, labels, row_grad, first))
+    rows = (_on_device(x) for x in (softmax, labels, row_grad, first))
     with Untouched(out_memory, out), Untouched(memory, view if in_place else view[:0]):
         run(cross_entropy_gradient_kernel, launch, view, *rows, out, **overrides)
     return out.cpu()
@@ -296,16 +296,26 @@ def expected_statistics(logits, targets=None, *, ignore_index=-100, head=None):
     statistics = truth.statistics(x, targets, ignore_index)
     expected = {name: value for name, value in statistics.items() if value is not None}
     with np.errstate(all="ignore"):
-        top = x.max(axis=-1)
-        expected["logsumexp"] = top + np.log(np.exp(x - top[..., None]).sum(axis=-1))
+        expected["top"] = x.max(axis=-1)
     return expected
+
+
+def expected_softmax(x, labels):
+    """Confidence, largest logit and nll ``(3, R)`` of a head's logits, in float64."""
+    with np.errstate(all="ignore"):
+        top = x.max(axis=-1)
+        log_sum = np.log(np.exp(x - top[:, None]).sum(axis=-1))
+        of_label = np.take_along_axis(x, np.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+        return np.stack([np.exp(-log_sum), top, log_sum - (of_label - top)])
 
 
 def assert_statistics(found, expected, *, rtol=5e-6, atol=3e-6):
     assert found.keys() == expected.keys()
+    # Which of its logits is largest is not said of a row with a fault.
+    found, sound = dict(found), ~np.isnan(expected["confidence"])
+    top, want = found.pop("top")[sound], expected["top"][sound].astype("f4")
+    np.testing.assert_allclose(top, want, rtol=1e-6, atol=atol, err_msg="top")
     for name, value in found.items():
         with np.errstate(over="ignore"):  # a loss may be larger than float32 goes
             want = expected[name].astype(np.float32)
-        if name == "logsumexp":
-            rtol = 2.4e-7  # two ulps: it is as large as the logits are
         np.testing.assert_allclose(value, want, rtol=rtol, atol=atol, err_msg=name)

@@ -19,19 +19,17 @@ HEADS = (
 INF, NAN = np.inf, np.nan
 
 
-def expected_gradient(logits, labels, row_grad, head, logsumexp=None):
-    """``g s (1 - (x / c)²) (p - onehot)`` in float64, and the logsumexp that p comes from."""
+def expected_gradient(logits, labels, row_grad, head):
+    """``g s (1 - (x / c)²) (p - onehot)`` in float64, and what the statistics leave for it."""
     scale, softcap = head.get("logit_scale", 1.0), head.get("softcap")
     with np.errstate(all="ignore"):
         x = kernels_on.head_logits(logits, **head)
-        if logsumexp is None:
-            top = x.max(axis=-1)
-            logsumexp = top + np.log(np.exp(x - top[:, None]).sum(axis=-1))
-        p = np.exp(x - logsumexp[:, None])
+        softmax = kernels_on.expected_softmax(x, labels)
+        p = np.exp(x - softmax[1][:, None]) * softmax[0][:, None]
         slope = 1.0 if softcap is None else 1.0 - (x / softcap) ** 2
         g = row_grad[:, None].astype(np.float64) * scale
         gradient = g * slope * (p - (labels[:, None] == np.arange(x.shape[1])))
-    return np.where(row_grad[:, None] == 0.0, 0.0, gradient), logsumexp
+    return np.where(row_grad[:, None] == 0.0, 0.0, gradient), softmax.astype(np.float32)
 
 
 def assert_gradient(found, expected, row_grad, head):
@@ -48,10 +46,10 @@ def assert_gradient(found, expected, row_grad, head):
 def check(logits, labels, row_grad, *, head=None, **options):
     head = head or {}
     values = logits.double().numpy()
-    expected, logsumexp = expected_gradient(values, labels, row_grad, head)
+    expected, softmax = expected_gradient(values, labels, row_grad, head)
     found = kernels_on.cross_entropy_gradient(
         logits,
-        torch.from_numpy(logsumexp.astype(np.float32)),
+        torch.from_numpy(softmax),
         torch.from_numpy(labels),
         torch.from_numpy(row_grad),
         head=head,
@@ -121,11 +119,11 @@ def test_a_row_without_gradient_is_zeros_whatever_it_holds(dtype, in_place):
     logits[0] = NAN
     logits[1, 5], logits[2, 7] = INF, -INF
     row_grad = np.array([0.0, 0.0, -0.0, 0.0, 2.0, 0.0], dtype=np.float32)
-    expected, logsumexp = expected_gradient(logits.double().numpy(), labels, row_grad, {})
-    logsumexp[3], labels[5] = NAN, -100
+    expected, softmax = expected_gradient(logits.double().numpy(), labels, row_grad, {})
+    softmax[:, 3], labels[5] = NAN, -100
     found = kernels_on.cross_entropy_gradient(
         logits,
-        *(torch.from_numpy(x) for x in (logsumexp.astype(np.float32), labels, row_grad)),
+        *(torch.from_numpy(x) for x in (softmax, labels, row_grad)),
         in_place=in_place,
         gap=1,
     )
@@ -145,13 +143,35 @@ def test_infinite_logits(head):
     assert found[3].isnan().all()
 
 
+@pytest.mark.parametrize("shift", [1e3, -1e4, 1e6, 1e8])
+def test_large_logits_lose_nothing(shift):
+    # exp(x - logsumexp) would lose as many digits as the logits are large.
+    logits, labels, row_grad = batch(8, 2100, torch.float32)
+    check(logits + shift, labels, row_grad)
+
+
+def test_a_learned_token_is_not_pushed_by_a_rounding():
+    # A product in other chunks may round the label's logit up: p would be more than 1.
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 25.0
+    labels, row_grad = np.array([7]), np.ones(1, dtype=np.float32)
+    _, softmax = expected_gradient(logits.double().numpy(), labels, row_grad, {})
+    rounded = logits.clone()
+    rounded[0, 7] += 0.125
+    found = kernels_on.cross_entropy_gradient(
+        rounded, *(torch.from_numpy(x) for x in (softmax, labels, row_grad))
+    )
+    np.testing.assert_allclose(found[0, 7].item(), np.expm1(-softmax[2, 0]), rtol=1e-5)
+    assert -1e-9 < found[0, 7].item() < 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("head", HEADS[::3], ids=str)
 def test_chunks_of_classes_make_the_whole(head, dtype):
     logits, labels, row_grad = batch(6, 2500, dtype)
     labels[:3] = 0, 899, 900  # at the ends of chunks
-    expected, logsumexp = expected_gradient(logits.double().numpy(), labels, row_grad, head)
-    others = [torch.from_numpy(x) for x in (logsumexp.astype(np.float32), labels, row_grad)]
+    expected, softmax = expected_gradient(logits.double().numpy(), labels, row_grad, head)
+    others = [torch.from_numpy(x) for x in (softmax, labels, row_grad)]
     chunks = [
         kernels_on.cross_entropy_gradient(
             logits[:, first:last], *others, first_class=first, head=head, in_place=first > 0

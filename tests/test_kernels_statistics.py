@@ -247,6 +247,16 @@ def batches(draw, dtypes=DTYPES):
     return rounded(x, dtype), rng.integers(0, classes, 2), gap, rng
 
 
+@pytest.mark.parametrize("softcap", [1e3, 1e5, 1e7])
+def test_a_distant_softcap_costs_small_logits_no_digits(softcap):
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 3, (6, 1000)).astype(np.float32))
+    targets, head = rng.integers(0, 1000, 6), {"softcap": softcap}
+    found = kernels_on.token_statistics(logits, torch.from_numpy(targets), head=head)
+    expected = kernels_on.expected_statistics(logits.double().numpy(), targets, head=head)
+    kernels_on.assert_statistics(found, expected)
+
+
 @settings(max_examples=25)
 @given(batches())
 def test_any_batch(batch):
@@ -256,14 +266,14 @@ def test_any_batch(batch):
 
 @settings(max_examples=15)
 @given(batches(dtypes=(torch.float32,)), st.integers(-1000, 1000))
-def test_a_constant_added_to_a_row_changes_only_its_logsumexp(batch, constant):
+def test_a_constant_added_to_a_row_changes_only_its_top(batch, constant):
     logits, targets, gap, _ = batch
     logits = torch.round(logits, decimals=2) * 2.0**-4  # exact at either place
     logits = (logits * 2**10).round() * 2.0**-10
     targets = torch.from_numpy(targets)
     plain = kernels_on.token_statistics(logits, targets, gap=gap)
     shifted = kernels_on.token_statistics(logits + constant, targets, gap=gap)
-    plain["logsumexp"] += np.float32(constant)
+    plain["top"] += np.float32(constant)
     kernels_on.assert_statistics(shifted, plain)
 
 

@@ -225,6 +225,10 @@ def test_a_scorer_scores_a_chunk_at_a_time(triton, monkeypatch):
     assert_close(whole, scorer(ids, labels=ids)[0], 1e-5)
 
 
+def softmax_of(logits, target):
+    return ops.token_statistics(logits.float(), target, -100)[ops.SOFTMAX]
+
+
 OPERATORS = {
     "token_statistics": lambda logits, hidden, weight, bias, target: (
         ops.token_statistics,
@@ -236,11 +240,16 @@ OPERATORS = {
     ),
     "cross_entropy_gradient": lambda logits, hidden, weight, bias, target: (
         ops.cross_entropy_gradient,
-        (logits, logits.logsumexp(-1), target, torch.ones_like(logits[:, 0])),
+        (logits, softmax_of(logits, target), target, torch.ones_like(logits[:, 0])),
     ),
     "cross_entropy_gradient of a slice": lambda logits, hidden, weight, bias, target: (
         ops.cross_entropy_gradient,
-        (logits[:, :50], logits[:, :50].logsumexp(-1), target, torch.ones_like(logits[:, 0])),
+        (
+            logits[:, :50],
+            softmax_of(logits[:, :50], target),
+            target,
+            torch.ones_like(logits[:, 0]),
+        ),
     ),
     "linear_token_statistics": lambda logits, hidden, weight, bias, target: (
         ops.linear_token_statistics,
@@ -252,7 +261,7 @@ OPERATORS = {
             hidden,
             weight,
             bias,
-            (hidden @ weight.T + bias).logsumexp(-1),
+            softmax_of(hidden @ weight.T + bias, target),
             target,
             torch.ones_like(logits[:, 0]),
             1.0,
@@ -309,7 +318,7 @@ def test_both_implementations_offer_the_same_operations():
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_learned_token_pushes_no_more(chunked, triton, monkeypatch):
     # Of a logit of 20 to 30, the rounding is as large as what is left of its gradient, and far
-    # larger: the probability must be that of the very logits whose logsumexp was kept.
+    # larger: the probability must be that of the very logits that were scored.
     _, hidden, weight, _, _ = batch(HALF)
     hidden, targets = hidden[0], torch.arange(10, device=DEVICE)
     weight[:10] = 25 * hidden / hidden.square().sum(dim=-1, keepdim=True) + 0.3 * weight[:10]
@@ -401,7 +410,43 @@ def test_operators_of_a_transposed_weight():
     _, hidden, weight, bias, targets = batch()
     hidden, target = hidden.reshape(-1, WIDTH), targets.reshape(-1).clamp(min=0)
     weight = weight.T.contiguous().T
-    logsumexp = (hidden @ weight.T).logsumexp(-1)
-    arguments = (logsumexp, target, torch.ones_like(logsumexp), 1.0, None, [True, True, False])
+    softmax = softmax_of(hidden @ weight.T, target)
+    arguments = (softmax, target, torch.ones_like(softmax[0]), 1.0, None, [True, True, False])
     torch.library.opcheck(ops.linear_cross_entropy_gradient, (hidden, weight, bias, *arguments))
     torch.library.opcheck(ops.linear_token_statistics, (hidden, weight, bias, target, -100))
+
+
+def test_a_slice_of_every_sequence_is_scored_in_one_launch(triton, monkeypatch):
+    logits, _, _, _, targets = batch()
+    launched = []
+    monkeypatch.setattr(ops, "_launch", lambda kernel, *_: launched.append(kernel.__name__))
+    CGGRLoss(**FIXED).to(DEVICE)(logits[:, :-1], targets[:, :-1])
+    assert launched == ["token_statistics_kernel"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_row_without_gradient_may_hold_anything(indexed, triton):
+    _, hidden, weight, _, targets = batch()
+    hidden[0, 0, 0] = torch.inf
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    options = FIXED | {"min_tokens_ratio": 0.9 if indexed else 1.0}
+    loss = CGGRLinearLoss(**options).to(DEVICE)(*leaves, targets)
+    (loss * 0).backward()
+    assert all((leaf.grad == 0).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), torch.ones(()), "2"], ids=str)
+def test_a_scale_is_a_finite_number(scale):
+    _, hidden, weight, _, targets = batch()
+    with pytest.raises(ValueError, match="logit_scale must be a finite Python number, got"):
+        CGGRLinearLoss(logit_scale=scale)(hidden, weight, targets)
+
+
+def test_the_default_dtype_is_not_asked():
+    logits, _, _, _, targets = batch()
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert CGGRLoss(**FIXED).to(DEVICE)(logits, targets).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(kept)

@@ -24,7 +24,7 @@ from cggr.torch import linear_token_statistics, ops
 
 NO_TARGET = -100
 # What the rows of the operators' (6, N) are.
-FIELDS = ("entropy", "confidence", "margin", "logsumexp", "nll", "error_norm")
+FIELDS = ("entropy", "margin", "confidence", "top", "nll", "error_norm")
 FORCED = {"fused": ops.linear_statistics_fused, "chunked": ops.linear_statistics_chunked}
 
 
@@ -53,7 +53,7 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
             named = values._asdict()
         else:
             named = dict(zip(FIELDS, values, strict=True))
-            del named["logsumexp"]  # nll stands for it
+            del named["top"]  # which is no statistic
         return {"peak_bytes": peak, "errors": largest_errors(named, truth)}
 
     def users() -> Call:

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from cggr import spec
 from cggr.jax import dispatch
 from cggr.spec import RoutingConfig, Selection, TokenStatistics, schedule, selection
+from cggr.spec.config import check_head
 
 
 def token_statistics(
@@ -306,16 +307,6 @@ def checked_linear(
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {bias.shape}.")
     check_head(logit_scale, softcap)
     return hidden, weight, bias
-
-
-def check_head(logit_scale: Any, softcap: Any) -> None:
-    """Refuse a scale that is no finite Python number, and a soft-cap that is none above 0."""
-    if not isinstance(logit_scale, numbers.Real) or not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be a finite Python number, got {logit_scale}.")
-    if softcap is None:
-        return
-    if not isinstance(softcap, numbers.Real) or not 0 < float(softcap) < math.inf:
-        raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
 def checked_targets(

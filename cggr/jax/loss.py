@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
 from cggr.jax.functional import (
-    check_head,
     checked_linear,
     checked_logits,
     checked_targets,
@@ -34,7 +33,7 @@ from cggr.jax.selected import (
     selected_rows,
 )
 from cggr.spec import RoutingConfig, TokenStatistics
-from cggr.spec.config import check_config
+from cggr.spec.config import check_config, check_head
 
 
 def cggr_loss(

@@ -5,7 +5,7 @@ another. JAX does not divide a launch over devices: inside ``jax.shard_map`` eac
 elsewhere arrays that are spread are gathered first.
 
 Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes, of which
-``C`` are in a chunk. Statistics are ``(6, N)`` float32: entropy, confidence, margin, logsumexp, and
+``C`` are in a chunk. Statistics are ``(6, N)`` float32: entropy, margin, confidence, top logit, and
 with targets nll, error norm.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from cggr.jax.cross_entropy import alike
-from cggr.kernels.chunks import chunk_size, fuses
+from cggr.kernels.chunks import class_chunk, fuses, row_chunk
 from cggr.spec import TokenStatistics
 
 DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
@@ -32,6 +32,7 @@ _MAX_LOGITS_BACKWARD = 1 << 25
 # The usual one, so that a loss needs no other kernel than the statistics. What has this label is a
 # fault in a row that counts: see _loud.
 _IGNORE_INDEX = -100
+_SOFTMAX = slice(2, 5)  # of the statistics: what a gradient needs
 
 _Head = tuple[float, float | None]  # logit_scale and softcap, static
 _LOGITS: _Head = (1.0, None)
@@ -83,7 +84,7 @@ def linear_weighted_nll_sum(
 ) -> Array:
     """:func:`cggr.jax.cross_entropy.linear_weighted_nll_sum`.
 
-    The backward pass takes a chunk of classes at a time: since the logsumexp is known, no row is
+    The backward pass takes a chunk of classes at a time: since the softmax is known, no row is
     needed as a whole, and the weight's gradient is written once where chunks of rows would have to
     be added up in float32.
     """
@@ -102,14 +103,14 @@ def _nll_sum(logits_RV: Array, label_R: Array, weight_R: Array) -> Array:
 def _forward(logits_RV: Array, label_R: Array, weight_R: Array) -> tuple[Array, Any]:
     out_6R = _statistics(logits_RV, label_R, _IGNORE_INDEX, _LOGITS)
     weight_R = _loud(weight_R, label_R, logits_RV.shape[1])
-    return _weighted_sum(out_6R, weight_R), (logits_RV, out_6R[3], label_R, weight_R)
+    return _weighted_sum(out_6R, weight_R), (logits_RV, out_6R[_SOFTMAX], label_R, weight_R)
 
 
 def _backward(saved: Any, grad: Array) -> tuple[Array, None, None]:
-    logits_RV, logsumexp_R, label_R, weight_R = saved
+    logits_RV, softmax_3R, label_R, weight_R = saved
     first_class = jnp.zeros(1, jnp.int32)
     row_grad_R = _row_grad(weight_R, grad)
-    return _gradient(logits_RV, logsumexp_R, label_R, row_grad_R, first_class, _LOGITS), None, None
+    return _gradient(logits_RV, softmax_3R, label_R, row_grad_R, first_class, _LOGITS), None, None
 
 
 _nll_sum.defvjp(_forward, _backward)
@@ -124,12 +125,12 @@ def _linear_forward(head: _Head, *arrays: Any) -> tuple[Array, Any]:
     hidden_RD, weight_VD, bias_V, label_R, weight_R = arrays
     out_6R = _linear_statistics(hidden_RD, weight_VD, bias_V, label_R, _IGNORE_INDEX, head)
     weight_R = _loud(weight_R, label_R, weight_VD.shape[0])
-    saved = (hidden_RD, weight_VD, bias_V, out_6R[3], label_R, weight_R)
+    saved = (hidden_RD, weight_VD, bias_V, out_6R[_SOFTMAX], label_R, weight_R)
     return _weighted_sum(out_6R, weight_R), saved
 
 
 def _linear_backward(head: _Head, saved: Any, grad: Array) -> tuple[Any, ...]:
-    hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R = saved
+    hidden_RD, weight_VD, bias_V, softmax_3R, label_R, weight_R = saved
     row_grad_R = _row_grad(weight_R, grad)
     hidden_RD = jnp.where(row_grad_R[:, None] == 0, 0, hidden_RD)  # 0 times NaN
 
@@ -141,7 +142,7 @@ def _linear_backward(head: _Head, saved: Any, grad: Array) -> tuple[Any, ...]:
         weight_CD = part(weight_VD)
         logits_RC = _product(hidden_RD, weight_CD, None if bias_V is None else part(bias_V))
         first_class = jnp.full(1, first, jnp.int32)
-        d_RC = _gradient(logits_RC, logsumexp_R, label_R, row_grad_R, first_class, head)
+        d_RC = _gradient(logits_RC, softmax_3R, label_R, row_grad_R, first_class, head)
         d_hidden = d_hidden + jnp.einsum(
             "rc,cd->rd", d_RC, weight_CD, preferred_element_type=jnp.float32
         )
@@ -152,7 +153,7 @@ def _linear_backward(head: _Head, saved: Any, grad: Array) -> tuple[Any, ...]:
         return d_hidden, d_weight, d_bias
 
     n_rows, n_classes = hidden_RD.shape[0], weight_VD.shape[0]
-    size = min(n_classes, chunk_size(n_classes, n_rows, _MAX_LOGITS_BACKWARD))
+    size = min(n_classes, class_chunk(n_rows, _MAX_LOGITS_BACKWARD))
     whole, left = divmod(n_classes, size)
     zeros = (
         jnp.zeros_like(hidden_RD, dtype=jnp.float32),
@@ -187,7 +188,7 @@ def _row_grad(weight_R: Array, grad: Array) -> Array:
 
 
 def _columns(out_6N: Array, shape: tuple[int, ...], has_targets: bool) -> TokenStatistics:
-    entropy, confidence, margin, _, nll, error_norm = out_6N.reshape(6, *shape)
+    entropy, margin, confidence, _, nll, error_norm = out_6N.reshape(6, *shape)
     if not has_targets:
         return TokenStatistics(None, entropy, confidence, margin, None)
     return TokenStatistics(nll, entropy, confidence, margin, error_norm)
@@ -285,7 +286,7 @@ def _chunked_statistics(
         return _statistics(_product(hidden, weight_VD, bias_V), target, ignore_index, head)
 
     n_rows = hidden_ND.shape[0]
-    size = min(n_rows, chunk_size(n_rows, weight_VD.shape[0]))
+    size = min(n_rows, row_chunk(n_rows, weight_VD.shape[0]))
     if size == n_rows:
         return statistics(hidden_ND, target_N)
 
@@ -315,7 +316,7 @@ def _product(hidden: Array, weight: Array, bias: Array | None) -> Array:
 
 def _gradient(
     logits_RC: Array,
-    logsumexp_R: Array,
+    softmax_3R: Array,
     label_R: Array,
     row_grad_R: Array,
     first_class: Array,
@@ -333,7 +334,7 @@ def _gradient(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    inputs = (logits_RC, logsumexp_R, label_R, row_grad_R, first_class)
+    inputs = (logits_RC, softmax_3R, label_R, row_grad_R, first_class)
     kernel = source.cross_entropy_gradient_kernel
     return _call(kernel, launch, inputs, logits_RC.shape, logits_RC.dtype)
 

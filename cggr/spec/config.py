@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -169,6 +170,16 @@ class RoutingConfig:
             floor = min(self.min_tokens_per_sequence, length)
             slots = max(slots, floor * (batch // max(groups, 1)))
         return min(slots, size)
+
+
+def check_head(logit_scale: Any, softcap: Any) -> None:
+    """Refuse a scale that is no finite Python number, and a soft-cap that is none above 0."""
+    if not isinstance(logit_scale, numbers.Real) or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be a finite Python number, got {logit_scale}.")
+    if softcap is None:
+        return
+    if not isinstance(softcap, numbers.Real) or not 0 < float(softcap) < math.inf:
+        raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
 def given_config(config: RoutingConfig | None, options: dict[str, Any]) -> RoutingConfig:

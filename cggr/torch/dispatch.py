@@ -1,7 +1,8 @@
 """Which code computes the operations on logits: plain PyTorch, or the Triton kernels.
 
 The kernels run on NVIDIA's devices, everything else is eager. ``CGGR_IMPLEMENTATION`` names one of
-the two, which then runs or raises: there is no silent fallback.
+the two, which then runs or raises: there is no silent fallback. What torch.compile has traced keeps
+the one that it was traced with.
 
 Shapes: ``N`` tokens, ``D`` hidden size, ``V`` classes.
 """

@@ -6,7 +6,6 @@ classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cggr import spec
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
+from cggr.spec.config import check_head
 from cggr.torch import dispatch
 
 
@@ -92,7 +92,7 @@ def linear_token_statistics(
         >>> torch.equal(linear_token_statistics(hidden, weight).entropy, direct.entropy)
         True
     """
-    check_linear(hidden, weight, bias, softcap)
+    check_linear(hidden, weight, bias, logit_scale, softcap)
     if targets is not None:
         targets = checked_targets(targets, hidden.shape[:-1], weight.shape[0], ignore_index)
     hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
@@ -202,9 +202,14 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> None:
-    """Refuse a hidden state, weight, bias or soft-cap that make no linear head."""
+    """Refuse what makes no linear head."""
+    check_head(logit_scale, softcap)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating, got {tensor.dtype}.")
@@ -221,8 +226,6 @@ def check_linear(
                 )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite or None, got {softcap}.")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

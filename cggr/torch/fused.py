@@ -1,7 +1,7 @@
 """The operations by the Triton kernels: float32, bfloat16 and float16.
 
-The scoring pass leaves every row's nll and logsumexp: the loss of the selected rows costs nothing
-more, and their gradient no second softmax.
+The scoring pass leaves what gives every row's softmax: the loss of the selected rows costs nothing
+more, and their gradient no second reduction.
 
 Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr.kernels.chunks import chunk_size
+from cggr.kernels.chunks import row_chunk
 from cggr.spec import TokenStatistics
 from cggr.torch import ops
 from cggr.torch.selected import Scored, SelectedRows, differentiable_once
@@ -25,7 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def token_statistics(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Scored:
     """Statistics of every row of logits ``(..., V)``."""
     logits, shape = logits.detach(), logits.shape[:-1]
-    if logits.dim() == 3 and shape[0] and logits.stride(0) != shape[1] * logits.stride(1):
+    one_stride = (
+        logits.dim() != 3 or shape[1] == 1 or logits.stride(0) == shape[1] * logits.stride(1)
+    )
+    if not one_stride and shape[0]:
         # Such as logits[:, :-1], whose rows no single stride reaches: each sequence on its own.
         parts = [
             ops.token_statistics(
@@ -72,7 +75,7 @@ def chunked_statistics(
     """Statistics of ``project(rows)``, whose logits are in memory a chunk of rows at a time."""
     rows_ND = rows.detach().reshape(-1, rows.shape[-1])
     target_N = None if targets is None else targets.reshape(-1)
-    size = chunk_size(rows_ND.shape[0], n_classes)
+    size = row_chunk(rows_ND.shape[0], n_classes)
     with torch.no_grad():
         parts = [
             ops.token_statistics(
@@ -86,11 +89,10 @@ def chunked_statistics(
 
 
 def _scored(columns: Tensor, shape: Any, has_targets: bool) -> Scored:
-    entropy, confidence, margin, logsumexp, *of_targets = columns.reshape(
-        columns.shape[0], *shape
-    ).unbind()
+    entropy, margin, confidence, _, *of_targets = columns.reshape(columns.shape[0], *shape).unbind()
     nll, error_norm = of_targets if has_targets else (None, None)
-    return Scored(TokenStatistics(nll, entropy, confidence, margin, error_norm), logsumexp)
+    statistics = TokenStatistics(nll, entropy, confidence, margin, error_norm)
+    return Scored(statistics, columns[ops.SOFTMAX] if has_targets else None)
 
 
 def cross_entropy_sum(
@@ -111,8 +113,7 @@ def cross_entropy_sum(
             slot_R = slot_R.masked_fill(rows.unused_R, n_rows)
         label_N = rows.label_R.new_zeros(n_rows + 1).scatter(0, slot_R, rows.label_R)[:n_rows]
         weight_N = weight_R.new_zeros(n_rows + 1).scatter(0, slot_R, weight_R)[:n_rows]
-    nll_N, logsumexp_N = _columns(scored)
-    total = _CrossEntropySum.apply(logits_NV, nll_N, logsumexp_N, label_N, weight_N)
+    total = _CrossEntropySum.apply(logits_NV, scored.softmax, label_N, weight_N)
     return total + rows.fault
 
 
@@ -128,33 +129,25 @@ def linear_cross_entropy_sum(
 ) -> Tensor:
     """:func:`cross_entropy_sum` of a linear head, without its logits in memory."""
     hidden_RD, weight_R = rows.take(hidden_ND), _row_weights(rows, ignore_index)
-    if rows.index_R is None:  # what is ignored may hold anything, and 0 times NaN is NaN
-        hidden_RD = hidden_RD.masked_fill((weight_R == 0)[:, None], 0)
     if scored is None:
         head = (weight_VD, bias_V, rows.label_R, ignore_index, logit_scale, softcap)
-        nll_R, logsumexp_R = _columns(linear_token_statistics(hidden_RD, *head))
+        scored = linear_token_statistics(hidden_RD, *head)
+        softmax_3R = scored.softmax
+    elif rows.index_R is None or scored.softmax is None:
+        softmax_3R = scored.softmax
     else:
-        nll_R, logsumexp_R = _columns(scored)
-        if rows.index_R is not None:
-            nll_R = nll_R.index_select(0, rows.index_R)
-            logsumexp_R = logsumexp_R.index_select(0, rows.index_R)
+        softmax_3R = scored.softmax.index_select(1, rows.index_R)
     total = _LinearCrossEntropySum.apply(
         hidden_RD,
         weight_VD,
         bias_V,
-        nll_R,
-        logsumexp_R,
+        softmax_3R,
         rows.label_R,
         weight_R,
         logit_scale,
         softcap,
     )
     return total + rows.fault
-
-
-def _columns(scored: Scored) -> tuple[Tensor, Tensor]:
-    assert scored.logsumexp is not None  # these kernels always give it
-    return scored.statistics.nll.reshape(-1), scored.logsumexp.reshape(-1)
 
 
 def _row_weights(rows: SelectedRows, ignore_index: int) -> Tensor:
@@ -171,27 +164,26 @@ def _row_gradients(weight_R: Tensor, grad: Tensor) -> Tensor:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """``Σ w nll`` of rows whose nll and logsumexp are known; gradient ``w (softmax - onehot)``."""
+    """``Σ w nll`` of rows whose softmax is known; gradient ``w (softmax - onehot)``."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits_NV: Tensor,
-        nll_N: Tensor,
-        logsumexp_N: Tensor,
+        softmax_3N: Tensor,
         label_N: Tensor,
         weight_N: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(logits_NV, logsumexp_N, label_N, weight_N)
-        return _weighted_sum(weight_N, nll_N)
+        ctx.save_for_backward(logits_NV, softmax_3N, label_N, weight_N)
+        return _weighted_sum(weight_N, softmax_3N[2])
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, logsumexp_N, label_N, weight_N = ctx.saved_tensors
+        logits_NV, softmax_3N, label_N, weight_N = ctx.saved_tensors
         row_grad_N = _row_gradients(weight_N, grad)
-        gradient = ops.cross_entropy_gradient(logits_NV, logsumexp_N, label_N, row_grad_N)
-        return gradient, None, None, None, None
+        gradient = ops.cross_entropy_gradient(logits_NV, softmax_3N, label_N, row_grad_N)
+        return gradient, None, None, None
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -203,31 +195,33 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden_RD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        nll_R: Tensor,
-        logsumexp_R: Tensor,
+        softmax_3R: Tensor,
         label_R: Tensor,
         weight_R: Tensor,
         logit_scale: float,
         softcap: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R)
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, softmax_3R, label_R, weight_R)
         ctx.head = logit_scale, softcap
-        return _weighted_sum(weight_R, nll_R)
+        return _weighted_sum(weight_R, softmax_3R[2])
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, bias_V, logsumexp_R, label_R, weight_R = ctx.saved_tensors
+        hidden_RD, weight_VD, bias_V, softmax_3R, label_R, weight_R = ctx.saved_tensors
+        row_grad_R = _row_gradients(weight_R, grad)
+        # What gets no gradient may hold anything, and 0 times NaN is NaN.
+        hidden_RD = hidden_RD.masked_fill((row_grad_R == 0)[:, None], 0)
         needs = ctx.needs_input_grad[:3]
         gradients = ops.linear_cross_entropy_gradient(
             hidden_RD,
             weight_VD,
             bias_V,
-            logsumexp_R,
+            softmax_3R,
             label_R,
-            _row_gradients(weight_R, grad),
+            row_grad_R,
             *ctx.head,
             list(needs),
         )
         wanted = (x if need else None for x, need in zip(gradients, needs, strict=True))
-        return *wanted, *(None,) * 6
+        return *wanted, *(None,) * 5

@@ -157,7 +157,8 @@ class CGGRLoss(_SelectiveLoss):
 
         Returns:
             Scalar, float32 (float64 for float64 logits); a zero connected to the graph when
-            nothing is eligible. By the Triton kernels its gradient can be taken once.
+            nothing is eligible. By the Triton kernels its gradient can be taken once, and not by
+            ``torch.func``.
 
         Raises:
             TypeError: A dtype is wrong.
@@ -171,13 +172,14 @@ class CGGRLoss(_SelectiveLoss):
             )
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
         targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+        logits_NV = logits.reshape(-1, n_classes)
+        logits = logits_NV.reshape(logits.shape)  # of a slice, the copy that the gradient needs
         operations, scored = implementation(logits), None
         if self.training:
             scored = operations.token_statistics(logits, targets, ignore_index)
             rows = self._select(scored.statistics, targets, reference_nll, n_classes)
         else:
             rows = every_row(targets, n_classes, ignore_index)
-        logits_NV = logits.reshape(-1, n_classes)
         if self.base_loss is None:
             total = operations.cross_entropy_sum(logits_NV, rows, ignore_index, scored)
         else:
@@ -265,7 +267,7 @@ class CGGRLinearLoss(_SelectiveLoss):
             TypeError: A dtype is wrong.
             ValueError: Shapes disagree, or, on the CPU in eager mode, a target is out of range.
         """
-        check_linear(hidden, weight, bias, self.softcap)
+        check_linear(hidden, weight, bias, self.logit_scale, self.softcap)
         if hidden.dim() not in (2, 3):
             raise ValueError(
                 f"hidden must have shape (B, S, D) or (N, D), got {tuple(hidden.shape)}."

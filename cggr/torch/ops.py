@@ -4,8 +4,8 @@ Nothing here waits for the device or depends on values, so that a CUDA graph can
 and the kernels are imported at the first launch.
 
 Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes. Statistics
-are ``(6, N)`` float32: entropy, confidence, margin, logsumexp, nll, error norm; ``(4, N)`` without
-targets.
+are ``(6, N)`` float32: entropy, margin, confidence, the largest logit, nll, error norm; ``(4, N)``
+without targets. Those of :data:`SOFTMAX` are what a gradient needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr.kernels.chunks import chunk_size, fuses
+from cggr.kernels.chunks import class_chunk, fuses, row_chunk
+
+SOFTMAX = slice(2, 5)  # confidence, the largest logit, nll
 
 
 def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
@@ -105,28 +107,28 @@ def _(logits: Tensor, targets: Any, ignore_index: int, *head: Any) -> Tensor:
 @torch.library.custom_op(
     "cggr::cross_entropy_gradient",
     mutates_args=(),
-    schema="(Tensor logits, Tensor logsumexp, Tensor label, Tensor row_grad) -> Tensor",
+    schema="(Tensor logits, Tensor softmax, Tensor label, Tensor row_grad) -> Tensor",
 )
 def cross_entropy_gradient(
-    logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor
+    logits: Tensor, softmax: Tensor, label: Tensor, row_grad: Tensor
 ) -> Tensor:
     """Gradient of ``Σ row_grad nll`` to logits ``(N, V)``; rows of gradient 0 cost their zeros."""
     gradient = _like_rows(logits)
     if logits.stride() != gradient.stride():  # the kernel has one for both
         logits = logits.contiguous()
     first_class = torch.zeros(1, dtype=torch.int32, device=logits.device)
-    _fill_gradient(logits, logsumexp, label, row_grad, first_class, gradient, 1.0, None)
+    _fill_gradient(logits, softmax, label, row_grad, first_class, gradient, 1.0, None)
     return gradient
 
 
 @cross_entropy_gradient.register_fake
-def _(logits: Tensor, logsumexp: Tensor, label: Tensor, row_grad: Tensor) -> Tensor:
+def _(logits: Tensor, softmax: Tensor, label: Tensor, row_grad: Tensor) -> Tensor:
     return _like_rows(logits)
 
 
 def _fill_gradient(
     logits: Tensor,
-    logsumexp: Tensor,
+    softmax: Tensor,
     label: Tensor,
     row_grad: Tensor,
     first_class: Tensor,
@@ -149,7 +151,7 @@ def _fill_gradient(
             logit_scale=logit_scale,
             softcap=softcap,
         )
-        arguments = (logits, logsumexp.contiguous(), label.contiguous(), row_grad.contiguous())
+        arguments = (logits, softmax.contiguous(), label.contiguous(), row_grad.contiguous())
         _launch(cross_entropy_gradient_kernel, launch, *arguments, first_class, gradient)
 
 
@@ -234,7 +236,7 @@ def linear_statistics_chunked(
 ) -> Tensor:
     """Statistics from cuBLAS's products of a chunk of rows at a time."""
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
-    size = chunk_size(n_rows, n_classes)
+    size = row_chunk(n_rows, n_classes)
     buffer = hidden.new_empty(min(size, n_rows), n_classes)
     parts = []
     for first in range(0, n_rows, size):
@@ -248,14 +250,14 @@ def linear_statistics_chunked(
 @torch.library.custom_op(
     "cggr::linear_cross_entropy_gradient",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor logsumexp, Tensor label, "
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor softmax, Tensor label, "
     "Tensor row_grad, float logit_scale, float? softcap, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def linear_cross_entropy_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logsumexp: Tensor,
+    softmax: Tensor,
     label: Tensor,
     row_grad: Tensor,
     logit_scale: float,
@@ -264,7 +266,7 @@ def linear_cross_entropy_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``Σ row_grad nll`` to hidden ``(R, D)``, weight ``(V, D)`` and bias ``(V,)``.
 
-    A chunk of classes at a time: since the logsumexp is known, no row is needed as a whole, and
+    A chunk of classes at a time: since the softmax is known, no row is needed as a whole, and
     the weight's gradient is written once where a chunk of rows would have to be added to the others
     in float32. A gradient that is not needed is empty. Hidden rows of gradient 0 must be finite.
     """
@@ -275,7 +277,7 @@ def linear_cross_entropy_gradient(
     d_bias = weight.new_empty(n_classes if need_bias else 0)
     if n_rows == 0:
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
-    size = chunk_size(n_classes, n_rows)
+    size = class_chunk(n_rows)
     buffer = hidden.new_empty(min(size, n_classes) * n_rows)
     first_classes = torch.arange(0, n_classes, size, dtype=torch.int32, device=hidden.device)
     for chunk, first in enumerate(range(0, n_classes, size)):
@@ -284,7 +286,7 @@ def linear_cross_entropy_gradient(
         _product(hidden, weight[part], None if bias is None else bias[part], d_logits)
         first_class = first_classes[chunk : chunk + 1]
         _fill_gradient(
-            d_logits, logsumexp, label, row_grad, first_class, d_logits, logit_scale, softcap
+            d_logits, softmax, label, row_grad, first_class, d_logits, logit_scale, softcap
         )
         if need_weight:
             torch.mm(d_logits.T, hidden, out=d_weight[part])

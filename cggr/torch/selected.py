@@ -21,11 +21,12 @@ class Scored(NamedTuple):
 
     Attributes:
         statistics: Of every token.
-        logsumexp: Of every token's logits, where the implementation has it and its loss needs it.
+        softmax: ``(3, N)``, the largest probability, the logit it belongs to, and the nll of every
+            token, where the implementation's loss needs them.
     """
 
     statistics: TokenStatistics
-    logsumexp: Tensor | None
+    softmax: Tensor | None
 
 
 class SelectedRows(NamedTuple):
@@ -138,7 +139,8 @@ def _labels(target_R: Tensor, n_classes: int, ignore_index: int) -> tuple[Tensor
     # A label out of range would be read out of bounds; it is ignored, and the loss is NaN instead.
     ignored = target_R == ignore_index
     wrong = ((target_R < 0) | (target_R >= n_classes)) & ~ignored
-    return target_R.masked_fill(wrong, ignore_index), torch.where(wrong, torch.nan, 0.0).sum()
+    fault = torch.zeros(wrong.shape, dtype=torch.float32, device=wrong.device)
+    return target_R.masked_fill(wrong, ignore_index), fault.masked_fill(wrong, torch.nan).sum()
 
 
 def reduce_loss(
