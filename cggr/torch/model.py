@@ -14,7 +14,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
-from cggr.spec import RoutingConfig
+from cggr.spec import RoutingConfig, Selection
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
@@ -31,7 +31,8 @@ from cggr.torch.router import (
 )
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
-from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss
+from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
+from cggr.torch.token_split import TokenSplit, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,18 @@ class CGGRModel(nn.Module):
         super().__init__()
         if split not in ("auto", "sequence", "token"):
             raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
-        if split == "token":
-            raise ValueError("split='token' is not in this version of cggr; use 'sequence'.")
+        if split == "token" and options.get("scope") == "batch":
+            raise ValueError(
+                "scope must be 'sequence' with split='token', which gives every sequence as many "
+                "slots; got 'batch'."
+            )
         if split == "auto":
-            logger.info("split='auto': training on whole sequences (split='sequence').")
-        self.split = "sequence"
+            split = _best_split(model, options)
+        self.split = split
+        self._token_split = TokenSplit(model) if split == "token" else None
         self.model = model
         self._cache_switch = cache_switch(model)
+        self._scores_itself = router is None
         if shift_labels == "auto":  # the model knows; its router may be of another kind
             shift_labels = is_causal(unwrapped(model))
         self.scorer = CGGRScorer(
@@ -103,10 +109,14 @@ class CGGRModel(nn.Module):
             **options,
         )
 
-        # Sequences are kept whole, so there is no floor of tokens in each of them.
         config = self.scorer.config
-        aware = config.selection == "sequence_aware"
-        self._rule = dataclasses.replace(config, selection="topk") if aware else config
+        if split == "token":
+            self._rule = dataclasses.replace(config, scope="sequence")
+        elif config.selection == "sequence_aware":
+            # Sequences are kept whole, so there is no floor of tokens in each of them.
+            self._rule = dataclasses.replace(config, selection="topk")
+        else:
+            self._rule = config
 
     @property
     def config(self) -> RoutingConfig:
@@ -188,16 +198,93 @@ class CGGRModel(nn.Module):
             ignore_index=self.config.ignore_index,
         )
         eligible = targets != self.config.ignore_index
-        if self.training:
-            kept_inputs, kept_targets, weight_C = self._select(
-                model_inputs, targets, eligible, reference_nll
+        if not self.training:
+            total, rows = self._dense_sum(model_inputs, targets)
+        elif self._token_split is not None:
+            total, rows = self._token_sum(
+                self._token_split, model_inputs, targets, eligible, reference_nll
             )
         else:
-            kept_inputs, kept_targets, weight_C = model_inputs, targets, None
-        total, rows = self._loss_sum(kept_inputs, kept_targets, weight_C)
+            kept_inputs, kept_targets, weight_C = self._select_sequences(
+                model_inputs, targets, eligible, reference_nll
+            )
+            total, rows = self._loss_sum(kept_inputs, kept_targets, weight_C)
         return reduce_loss(total, rows, eligible.sum(), "mean", num_items_in_batch)
 
-    def _select(
+    def _dense_sum(
+        self, model_inputs: dict[str, Any], targets: Tensor
+    ) -> tuple[Tensor, SelectedRows]:
+        """``Σ nll`` over all tokens."""
+        if self._token_split is None:
+            return self._loss_sum(model_inputs, targets, None)
+        hidden = self._token_split.hidden(model_inputs)
+        return self._every_token_sum(self._token_split, hidden, targets)
+
+    def _every_token_sum(
+        self, split: TokenSplit, hidden: Tensor, targets: Tensor
+    ) -> tuple[Tensor, SelectedRows]:
+        n_classes, ignore_index = split.router.n_classes, self.config.ignore_index
+        targets = checked_targets(
+            targets,
+            hidden.shape[:-1],
+            n_classes,
+            ignore_index,
+            name="labels",
+            shifted=self.scorer.shifts_labels(),
+        )
+        rows = every_row(targets, n_classes, ignore_index)
+        return split.loss_sum(hidden, rows, ignore_index), rows
+
+    def _token_sum(
+        self,
+        split: TokenSplit,
+        model_inputs: dict[str, Any],
+        targets: Tensor,
+        eligible: Tensor,
+        reference_nll: Tensor | None,
+    ) -> tuple[Tensor, SelectedRows]:
+        """``Σ w nll`` over the tokens to train on."""
+        scorer, config, rule = self.scorer, self.config, self._rule
+        recorded = None
+        if scorer.selects_all:  # one dense pass does
+            hidden = split.hidden(model_inputs)
+        else:
+            synchronise = scorer.capacity == "exact"
+            recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
+            hidden = recorded.hidden_BSD
+        difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
+        scorer.follow(targets.device)
+        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
+        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        if recorded is None:
+            total, rows = self._every_token_sum(split, hidden, targets)
+        else:
+            with torch.no_grad():
+                selection = select_at_ratio(
+                    difficulty,
+                    rule,
+                    ratio,
+                    draw=draw,
+                    rank=process_rank(),
+                    eligible=eligible,
+                    capacity=scorer.slots(targets.shape[0], targets.shape[1], rule),
+                    xp=xp,
+                )
+                selection, index_BC = _filled(selection, targets.shape[1])
+            rows = selected_rows(
+                selection,
+                targets,
+                split.router.n_classes,
+                config.ignore_index,
+                weighted=config.selection == "importance",
+                padded=False,
+            )._replace(index_R=None)
+            hidden = split.rows(recorded, index_BC, selection.indices == targets.shape[1])
+            total = split.loss_sum(hidden, rows, config.ignore_index)
+        scorer.record(ratio=ratio, tokens_selected=rows.n_selected, eligible=eligible, **scored)
+        return total, rows
+
+    def _select_sequences(
         self,
         model_inputs: dict[str, Any],
         targets: Tensor,
@@ -205,7 +292,8 @@ class CGGRModel(nn.Module):
         reference_nll: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
         """Inputs, targets and weights of the sequences to train on."""
-        mean_difficulty_B, scored = self._score(targets, eligible, reference_nll, model_inputs)
+        difficulty, scored = self._score(targets, reference_nll, model_inputs)
+        mean_difficulty_B = difficulty.sum(dim=1) / eligible.sum(dim=1).clamp(min=1)
         config, scorer, batch = self.config, self.scorer, targets.shape[0]
         scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
@@ -241,17 +329,24 @@ class CGGRModel(nn.Module):
     def _score(
         self,
         targets: Tensor,
-        eligible: Tensor,
         reference_nll: Tensor | None,
         model_inputs: dict[str, Any],
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean difficulty of every sequence, and the ``(B, S)`` scores it was made from."""
+        """Difficulty of every token, and the ``(B, S)`` scores for the metrics.
+
+        `hidden` are the model's own final hidden states, where it has been run already.
+        """
         if self.config.selection == "random" and not self.config.adaptive:
             # The control needs no score, so it does not pay for one.
-            return torch.zeros(targets.shape[0], device=targets.device), {}
-        scores = self.scorer.score(targets, reference_nll=reference_nll, **model_inputs)
-        mean_B = scores.difficulty.sum(dim=1) / eligible.sum(dim=1).clamp(min=1)
-        return mean_B, {
+            return torch.zeros(targets.shape, device=targets.device), {}
+        if hidden is not None and self._token_split is not None and self._scores_itself:
+            scores = self.scorer.score_hidden(
+                self._token_split.router, hidden.detach(), targets, reference_nll, model_inputs
+            )
+        else:
+            scores = self.scorer.score(targets, reference_nll=reference_nll, **model_inputs)
+        return scores.difficulty, {
             "confidence": scores.statistics.confidence,
             "entropy": scores.statistics.entropy,
             "difficulty": scores.difficulty,
@@ -277,6 +372,32 @@ class CGGRModel(nn.Module):
         logits_NV = logits.reshape(-1, n_classes)
         total = implementation(logits).cross_entropy_sum(logits_NV, rows, ignore_index, None)
         return total, rows
+
+
+def _best_split(model: nn.Module, options: dict[str, Any]) -> str:
+    """``"token"`` where it can be had; the log says which it is and why."""
+    reason = refusal(model)
+    if reason is None and options.get("scope") == "batch":
+        reason = "scope='batch' ranks tokens of different sequences against each other."
+    if reason is None:
+        logger.info("split='auto': training on tokens (split='token').")
+        return "token"
+    logger.info("split='auto': training on whole sequences (split='sequence'): %s", reason)
+    return "sequence"
+
+
+def _filled(selection: Selection, length: int) -> tuple[Selection, Tensor]:
+    """A selection in each sequence, and the positions ``(B, C)`` to run, no two alike in a row.
+
+    An unused slot takes a position that is not selected, so that what it writes is what is there.
+    One slot at least, which keeps the graph connected where nothing is eligible.
+    """
+    if selection.indices.shape[1] == 0:
+        empty_B1 = selection.indices.new_full((selection.indices.shape[0], 1), length)
+        selection = selection._replace(indices=empty_B1, weights=empty_B1.float() * 0)
+    # In the order of the selection's own slots, then the others.
+    order_BS = (~selection.mask).to(torch.int32).argsort(dim=1, stable=True)
+    return selection, order_BS[:, : selection.indices.shape[1]]
 
 
 def _without_parameters_of(model: nn.Module, router: nn.Module | None) -> nn.Module:

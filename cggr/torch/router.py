@@ -110,10 +110,20 @@ class TruncatedRouter(nn.Module):
         return self._source[0]
 
     @property
+    def base(self) -> nn.Module:
+        """The source without its head, with all its layers; not for passthrough."""
+        return cast(nn.Module, self._part(LAYOUTS[self.architecture].base))
+
+    @property
+    def head(self) -> Any:
+        """What makes logits of the base's hidden states; not for passthrough."""
+        return self._part(LAYOUTS[self.architecture].head)
+
+    @property
     def n_classes(self) -> int:
         """V, the number of logits; not for passthrough."""
         find = getattr(self.source, "get_output_embeddings", None)
-        head = self._part(LAYOUTS[self.architecture].head) if find is None else find()
+        head = self.head if find is None else find()
         return head.weight.shape[0]
 
     def hidden_states(self, **model_inputs: Any) -> Tensor:
@@ -127,7 +137,7 @@ class TruncatedRouter(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states, as the model's own forward computes them."""
         config = getattr(self.source, "config", None)
-        logits = self._part(LAYOUTS[self.architecture].head)(hidden)
+        logits = self.head(hidden)
         if (logit_scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * logit_scale
         if (logits_scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite

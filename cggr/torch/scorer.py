@@ -5,7 +5,6 @@ Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from cggr.torch.router import (
     unwrapped,
 )
 from cggr.torch.routing import RoutedModule, process_rank
+from cggr.torch.selected import Scored
 
 
 class Scores(NamedTuple):
@@ -155,38 +155,57 @@ class CGGRScorer(RoutedModule):
         self, targets: Tensor | None, *, reference_nll: Tensor | None = None, **model_inputs: Any
     ) -> Scores:
         """Difficulty, eligibility and statistics of every position, given aligned targets."""
-        router, ignore_index = self.router, self.config.ignore_index
-        project: Callable[[Tensor], Tensor] | None = None
+        router = self.router
         if isinstance(router, TruncatedRouter) and not router.passthrough:
             rows = router.hidden_states(**model_inputs)
-            project, n_classes = router.project, router.n_classes
-        else:
-            rows = logits_of(call_model(router, self._cache_switch | model_inputs))
-            check_logits(rows)
-            n_classes = rows.shape[-1]
+            return self.score_hidden(router, rows, targets, reference_nll, model_inputs)
+        logits = logits_of(call_model(router, self._cache_switch | model_inputs))
+        check_logits(logits)
+        targets, eligible = self._checked(logits, logits.shape[-1], targets, model_inputs)
+        scored = implementation(logits).token_statistics(logits, targets, self.config.ignore_index)
+        return self._scores(scored, eligible, reference_nll)
+
+    @torch.no_grad()
+    def score_hidden(
+        self,
+        router: TruncatedRouter,
+        hidden: Tensor,
+        targets: Tensor | None,
+        reference_nll: Tensor | None,
+        model_inputs: dict[str, Any],
+    ) -> Scores:
+        """:meth:`score` of final hidden states ``(B, S, D)`` of this router, a chunk at a time."""
+        n_classes = router.n_classes
+        targets, eligible = self._checked(hidden, n_classes, targets, model_inputs)
+        scored = implementation(hidden).chunked_statistics(
+            hidden, router.project, n_classes, targets, self.config.ignore_index
+        )
+        return self._scores(scored, eligible, reference_nll)
+
+    def _checked(
+        self, rows: Tensor, n_classes: int, targets: Tensor | None, model_inputs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Targets, if there are any, and which positions are eligible."""
         if rows.dim() != 3:
             raise ValueError(
                 f"router must return logits of shape (B, S, V), got {tuple(rows.shape)}."
             )
-        if targets is None:
-            padding = padding_of(model_inputs.get("attention_mask"), rows.shape[:2])
-            eligible = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-            eligible = eligible if padding is None else ~padding
-        else:
+        if targets is not None:
             targets = checked_targets(
                 targets,
                 rows.shape[:2],
                 n_classes,
-                ignore_index,
+                self.config.ignore_index,
                 name="labels",
                 shifted=self.shifts_labels(),
             )
-            eligible = targets != ignore_index
-        operations = implementation(rows)
-        if project is None:
-            scored = operations.token_statistics(rows, targets, ignore_index)
-        else:
-            scored = operations.chunked_statistics(rows, project, n_classes, targets, ignore_index)
+            return targets, targets != self.config.ignore_index
+        padding = padding_of(model_inputs.get("attention_mask"), rows.shape[:2])
+        if padding is None:
+            return None, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        return None, ~padding
+
+    def _scores(self, scored: Scored, eligible: Tensor, reference_nll: Tensor | None) -> Scores:
         statistics = scored.statistics
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
         return Scores(torch.where(eligible, difficulty, 0), eligible, statistics)

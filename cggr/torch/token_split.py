@@ -1,0 +1,438 @@
+"""A transformers model on all positions without gradient, then on some of them with it.
+
+The second pass computes for every selected position what a dense forward computes: its query
+attends to the keys and values of all positions, of which the selected ones are its own and the
+others are recorded. Gradient flows through what the pass computes; unselected keys and values are
+constants to it (as in TokenTune, arXiv 2501.18824).
+
+Shapes: ``B`` sequences of ``S`` tokens; ``C`` slots in each; ``D`` hidden size, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from cggr.torch.dispatch import implementation
+from cggr.torch.functional import autocast_dtype, in_autocast_dtype
+from cggr.torch.router import (
+    call_model,
+    detect_architecture,
+    own_router,
+    unwrapped,
+)
+from cggr.torch.selected import SelectedRows
+
+_SCAN = "its layers scan the whole sequence, of which a part is not defined"
+_ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
+_HYBRID = "its linear-attention layers scan the whole sequence, of which a part is not defined"
+REFUSED = {
+    "mamba": _SCAN,
+    "mamba2": _SCAN,
+    "falcon_mamba": _SCAN,
+    "rwkv": _SCAN,
+    "bloom": _ALIBI,
+    "mpt": _ALIBI,
+    "jamba": _HYBRID,
+    "bamba": _HYBRID,
+    "zamba2": _HYBRID,
+    "qwen3_next": _HYBRID,
+}
+# Their sliding layers take a mask of their own.
+_MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text", "qwen2", "qwen3")
+_WINDOW_IN_EVERY_LAYER = ("mistral", "phi3")
+_BIDIRECTIONAL = ("bert", "roberta")
+_SHAPES = {
+    "input_ids": "(B, S)",
+    "inputs_embeds": "(B, S, D)",
+    "attention_mask": "(B, S) or (B, 1, S, S)",
+    "position_ids": "(B, S) or (1, S)",
+    "token_type_ids": "(B, S)",
+}
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why this model cannot be run on a part of its positions, None if it can."""
+    inner = unwrapped(model)
+    config, name = getattr(inner, "config", None), type(inner).__name__
+    model_type = getattr(config, "model_type", None)
+    if model_type in REFUSED:
+        return f"{name} is a {model_type} model: {REFUSED[model_type]}."
+    if detect_architecture(inner) == "passthrough":
+        return (
+            f"{name} is not of a kind known to run on selected positions: transformers' causal or "
+            f"masked language models of type llama, mistral, qwen2, qwen3, gemma2, gemma3_text, "
+            f"phi3, cohere, granite, gpt2, gptj, falcon, gpt_neox, bert, roberta."
+        )
+    if getattr(config, "alibi", False):
+        return f"{name} has alibi=True: {_ALIBI}."
+    if rope := _dynamic_rope(config):
+        return (
+            f"{name} has {rope} rotary positions, whose frequencies depend on the longest "
+            f"position of a pass."
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{name} has use_bidirectional_attention=True, whose window is of another kind."
+    if getattr(config, "add_cross_attention", False):
+        return f"{name} has add_cross_attention=True: nothing is recorded of cross-attention."
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        return (
+            f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
+            f"call model.set_attn_implementation('sdpa')."
+        )
+    peft = getattr(model, "active_peft_config", None)
+    if getattr(peft, "is_prompt_learning", False):
+        return f"{type(model).__name__} puts learned positions before the sequence."
+    return None
+
+
+class LinearHead(NamedTuple):
+    """``softcap tanh(logit_scale (hidden weight^T + bias) / softcap)``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+class Recorded(NamedTuple):
+    """What the first pass leaves to the second.
+
+    Attributes:
+        hidden_BSD: Final hidden states, of which the head makes logits.
+        inputs: Of the model, those that a sequence or a position has.
+        extra: Its other inputs.
+        cache: Keys and values of every layer.
+        positions_BS: int64 position of every token.
+        key_BS: Which tokens can be attended to; None if all can.
+        segment_BS: Number of the packed sequence that a token belongs to; None if there is one.
+    """
+
+    hidden_BSD: Tensor
+    inputs: dict[str, Tensor]
+    extra: dict[str, Any]
+    cache: Any
+    positions_BS: Tensor
+    key_BS: Tensor | None
+    segment_BS: Tensor | None
+
+
+class TokenSplit:
+    """The two passes over a model.
+
+    Args:
+        model: One of transformers' language models, unmodified, or wrapped by torch.compile or
+            peft.
+
+    Raises:
+        ValueError: The model cannot be run on a part of its positions; the message says why.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = (model,)  # not registered here
+        self._check()
+        self.router = own_router(model)
+        self._compile = _compiler_of(model)
+        self._compiled: tuple[nn.Module, Any] | None = None
+
+    def record(
+        self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
+    ) -> Recorded:
+        """The first pass, over everything, without gradient.
+
+        Args:
+            model_inputs: Those of the model, None for what is not given.
+            shape: ``(B, S)``.
+            synchronise: Whether the host may ask the device if padding or packing needs a mask at
+                all; without it there is one wherever there could be need of it.
+
+        Raises:
+            ValueError: An input does not tell which part of it belongs to a position.
+        """
+        self._check()
+        inputs, extra = _split_inputs(model_inputs, shape)
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        key_BS = segment_BS = None
+        if mask is not None and mask.dim() == 2:
+            key_BS = mask.bool()
+        elif mask is None and positions is not None and self._causal:
+            segment_BS = _segments(positions.expand(shape))
+            if synchronise and not segment_BS[:, -1].any():
+                segment_BS = None
+        first = inputs | extra
+        if segment_BS is not None or (key_BS is not None and not synchronise):
+            every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
+            first["attention_mask"] = self._masks(every_BS, key_BS, segment_BS, inputs)
+        from cggr.torch.row_cache import RowCache
+
+        cache = RowCache()
+        with torch.no_grad(), self._first_pass(_any_of(inputs).device):
+            hidden_BSD = self._base(first | {"past_key_values": cache})
+        positions_BS = self._positions(inputs, shape)
+        return Recorded(hidden_BSD, inputs, extra, cache, positions_BS, key_BS, segment_BS)
+
+    def rows(self, recorded: Recorded, index_BC: Tensor, unused_BC: Tensor | None) -> Tensor:
+        """Final hidden states ``(B, C, D)`` of some positions, with gradient.
+
+        Args:
+            recorded: By :meth:`record`; for one call, which writes into it.
+            index_BC: int64 positions in ``[0, S)``, each at most once in a sequence.
+            unused_BC: Slots that are to have no part in the gradient; None if all have.
+        """
+        inputs, cache = recorded.inputs, recorded.cache
+        selected = {
+            name: _take(x, index_BC)
+            for name, x in inputs.items()
+            if name not in ("attention_mask", "position_ids")
+        }
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            rows_BHCS = mask.expand(index_BC.shape[0], *mask.shape[1:])
+            index_BHCS = index_BC[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            selected["attention_mask"] = rows_BHCS.gather(2, index_BHCS)
+        else:
+            selected["attention_mask"] = self._masks(
+                index_BC, recorded.key_BS, recorded.segment_BS, inputs
+            )
+        selected["position_ids"] = recorded.positions_BS.gather(1, index_BC)
+        cache.select(index_BC, unused_BC)
+        with self._second_pass():
+            return self._base(selected | recorded.extra | {"past_key_values": cache})
+
+    def hidden(self, model_inputs: dict[str, Any]) -> Tensor:
+        """Final hidden states ``(B, S, D)`` of a dense forward."""
+        return self._base(model_inputs)
+
+    def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
+        """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
+
+        Where the head is not linear, the logits of these rows are.
+        """
+        hidden_RD = hidden.reshape(-1, hidden.shape[-1])
+        head = self._linear_head()
+        if head is None:
+            logits_RV = self.router.project(hidden_RD)
+            operations = implementation(logits_RV)
+            return operations.cross_entropy_sum(logits_RV, rows, ignore_index, None)
+        hidden_RD, weight, bias = in_autocast_dtype(hidden_RD, head.weight, head.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return implementation(hidden_RD).linear_cross_entropy_sum(
+                hidden_RD, weight, bias, rows, ignore_index, head.logit_scale, head.softcap, None
+            )
+
+    @property
+    def _source(self) -> Any:
+        return self.router.source
+
+    @property
+    def _causal(self) -> bool:
+        config = self._source.config
+        return config.model_type not in _BIDIRECTIONAL or bool(getattr(config, "is_decoder", False))
+
+    def _check(self) -> None:
+        if (reason := refusal(self._model[0])) is not None:
+            raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
+
+    def _base(self, inputs: dict[str, Any]) -> Tensor:
+        """Final hidden states, by the model without head."""
+        base = self.router.base
+        if self._compile is not None:
+            if self._compiled is None or self._compiled[0] is not base:
+                self._compiled = base, self._compile(base)
+            base = self._compiled[1]
+        return call_model(base, inputs | {"use_cache": False})[0]
+
+    def _linear_head(self) -> LinearHead | None:
+        head, config = self.router.head, self._source.config
+        if type(head) is not nn.Linear:  # LoRA's, or one with layers before it
+            return None
+        scale = getattr(config, "logit_scale", None)
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            scale = 1 / divisor
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return LinearHead(head.weight, head.bias, 1.0 if scale is None else scale, softcap)
+
+    def _positions(self, inputs: dict[str, Tensor], shape: torch.Size) -> Tensor:
+        """Position of every token, as the model counts them."""
+        if (positions := inputs.get("position_ids")) is not None:
+            return positions.expand(shape).long()
+        like = _any_of(inputs)
+        if self._source.config.model_type != "roberta":
+            return torch.arange(shape[1], device=like.device).expand(shape)
+        padding = self._source.config.pad_token_id  # RoBERTa counts tokens, from behind padding's
+        if (input_ids := inputs.get("input_ids")) is None:
+            return torch.arange(shape[1], device=like.device).expand(shape) + padding + 1
+        token_BS = (input_ids != padding).long()
+        return token_BS.cumsum(dim=1) * token_BS + padding
+
+    def _masks(
+        self,
+        index_BC: Tensor,
+        key_BS: Tensor | None,
+        segment_BS: Tensor | None,
+        inputs: dict[str, Tensor],
+    ) -> Any:
+        """Masks ``(B, 1, C, S)`` of these positions, to be added to the scores, for every layer."""
+        config = self._source.config
+        window = getattr(config, "sliding_window", None)
+        make = functools.partial(
+            _mask,
+            index_BC,
+            _any_of(inputs).shape[1],
+            key_BS,
+            segment_BS,
+            causal=self._causal,
+            dtype=self._dtype(inputs),
+        )
+        if config.model_type in _MASK_PER_LAYER_TYPE:
+            return {
+                kind: make(window=window if kind == "sliding_attention" else None)
+                for kind in sorted(set(config.layer_types))
+            }
+        return make(window=window if config.model_type in _WINDOW_IN_EVERY_LAYER else None)
+
+    def _dtype(self, inputs: dict[str, Tensor]) -> torch.dtype:
+        """Precision of queries and keys, so that nobody converts the mask again in every layer."""
+        embeddings = inputs.get("inputs_embeds", self._source.get_input_embeddings().weight)
+        return autocast_dtype(embeddings) or embeddings.dtype
+
+    @contextlib.contextmanager
+    def _first_pass(self, device: torch.device) -> Iterator[None]:
+        # Weights that autocast converts here would be found in its cache by the second pass,
+        # without a gradient, in some versions of torch.
+        autocast: Any = contextlib.nullcontext()
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+        # Nothing is there to be checkpointed, and checkpointed layers would get no cache.
+        with autocast, _attribute("gradient_checkpointing", False, self._checkpointed()):
+            yield
+
+    @contextlib.contextmanager
+    def _second_pass(self) -> Iterator[None]:
+        """With gradient checkpointing, leaves the layers their cache: a replay finds the same."""
+        modules = self._checkpointed()
+        layers = [module for module in modules if _is_layer(module)]
+        # GPT-2 itself would withhold it.
+        others = [module for module in modules if not _is_layer(module)]
+        with (
+            _attribute("_can_checkpoint_with_cache", True, layers),
+            _attribute("gradient_checkpointing", False, others),
+        ):
+            yield
+
+    def _checkpointed(self) -> list[nn.Module]:
+        modules = self.router.base.modules()
+        return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(type(module), "_can_checkpoint_with_cache")
+
+
+@contextlib.contextmanager
+def _attribute(name: str, value: Any, modules: list[nn.Module]) -> Iterator[None]:
+    """Modules whose attribute has another value meanwhile."""
+    before = [getattr(module, name) for module in modules]
+    try:
+        for module in modules:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            setattr(module, name, old)
+
+
+def _mask(
+    index_BC: Tensor,
+    length: int,
+    key_BS: Tensor | None,
+    segment_BS: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """0 where a position attends, the lowest number elsewhere: what both attentions take."""
+    query_BC1 = index_BC[:, :, None]
+    key_S = torch.arange(length, device=index_BC.device)
+    seen_BCS = key_S <= query_BC1 if causal else torch.ones_like(key_S <= query_BC1)
+    if window is not None:
+        seen_BCS = seen_BCS & (key_S > query_BC1 - window)
+    if segment_BS is not None:
+        seen_BCS = seen_BCS & (segment_BS.gather(1, index_BC)[:, :, None] == segment_BS[:, None])
+    if key_BS is not None:
+        # Padding attends to itself: a row without any key would be NaN.
+        seen_BCS = (seen_BCS & key_BS[:, None]) | (key_S == query_BC1)
+    hidden_BCS = torch.zeros(seen_BCS.shape, dtype=dtype, device=index_BC.device)
+    return hidden_BCS.masked_fill_(~seen_BCS, torch.finfo(dtype).min)[:, None]
+
+
+def _segments(positions_BS: Tensor) -> Tensor:
+    """Packed sequences, as transformers finds them: one begins where positions do not go on."""
+    new_BS = positions_BS.diff(dim=1, prepend=positions_BS[:, :1] - 1) != 1
+    return new_BS.cumsum(dim=1)
+
+
+def _split_inputs(
+    model_inputs: dict[str, Any], shape: torch.Size
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs that follow the positions, and settings."""
+    given = {name: value for name, value in model_inputs.items() if value is not None}
+    inputs = {name: given.pop(name) for name in _SHAPES if name in given}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(
+                f"split='token' cannot tell which part of {name} {tuple(value.shape)} belongs to a "
+                f"position: it takes {', '.join(_SHAPES)}; split='sequence' takes it."
+            )
+    batch, length = shape
+    for name, value in inputs.items():
+        n_dims = 3 if name == "inputs_embeds" else 2
+        if name == "attention_mask" and value.dim() == 4:  # the model's own, already made
+            fits = value.shape[0] in (1, batch) and value.shape[2:] == (length, length)
+        elif name == "position_ids":
+            fits = value.shape in ((batch, length), (1, length))
+        else:
+            fits = value.dim() == n_dims and value.shape[:2] == shape
+        if not fits:
+            raise ValueError(
+                f"{name} must have shape {_SHAPES[name]} with split='token', here B = {batch} and "
+                f"S = {length}, got {tuple(value.shape)}."
+            )
+    return inputs, given
+
+
+def _any_of(inputs: dict[str, Tensor]) -> Tensor:
+    """Input of shape ``(B, S, ...)``."""
+    return inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+
+
+def _take(x: Tensor, index_BC: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x.gather(1, index_BC)
+    return x.gather(1, index_BC[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _dynamic_rope(config: Any) -> str | None:
+    """Kind of rotary positions that depend on what else is in a pass."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_layer_types = [value for value in parameters.values() if isinstance(value, dict)]
+    for part in (parameters, *of_layer_types):
+        kind = part.get("rope_type")
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            return kind
+    return None
+
+
+def _compiler_of(model: nn.Module) -> Callable[[nn.Module], Any] | None:
+    """What compiled the model, to compile its part without head alike."""
+    if not isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return None
+    return cast(Callable[[nn.Module], Any], getattr(model, "dynamo_ctx", torch.compile))

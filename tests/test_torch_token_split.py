@@ -1,0 +1,687 @@
+"""The token split of CGGRModel: exact losses, the gradient that it promises, what it refuses."""
+
+import functools
+import logging
+import re
+
+import models
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import truth
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import cggr.torch.model
+from cggr.torch import CGGRModel as RoutedModel
+from cggr.torch import RoutingConfig, create_truncated_router
+from cggr.torch.token_split import TokenSplit, refusal
+
+OFF = {"warmup_steps": 0, "dynamic_threshold": False}
+NAMES = [name for name in models.ARCHITECTURES if name != "mamba"]
+CGGRModel = functools.partial(RoutedModel, split="token")
+
+
+def attention_of(name):
+    """The attention implementations that this model can be given."""
+    model = models.build(name)
+    if not model._can_set_attn_implementation():
+        return [model.config._attn_implementation]
+    return ["eager"] if name == "gemma2" else ["eager", "sdpa"]
+
+
+CASES = [(name, attention) for name in NAMES for attention in attention_of(name)]
+
+
+def build(name, attention=None, **options):
+    model = models.build(name, **options)
+    if attention is not None and attention != model.config._attn_implementation:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def array(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def shifted(name, labels, mask=None):
+    """Targets, written out: the next label of causal models, the label itself of masked ones."""
+    targets = torch.full_like(labels, -100)
+    for b, t in np.ndindex(*labels.shape):
+        source = t if name in models.MASKED else t + 1
+        if source < labels.shape[1] and (mask is None or (mask[b, t] and mask[b, source])):
+            targets[b, t] = labels[b, source]
+    return targets
+
+
+def token_losses(model, targets, **inputs):
+    """Loss of every token of a dense forward ``(B, S)``, 0 where there is no target."""
+    logits = model(**inputs).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(
+        targets
+    )
+
+
+def gradients(model):
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-5):
+    """Relative to the largest gradient of the parameter, or of any if that one has none."""
+    assert actual.keys() == expected.keys()
+    largest = max(g.abs().max() for g in expected.values())
+    for name, want in expected.items():
+        scale = max(want.abs().max(), 1e-3 * largest)
+        error = (actual[name] - want).abs().max() / scale
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+class _Detaching(CacheLayerMixin):
+    """Keys and values of a dense forward, of which those of unselected tokens are constants."""
+
+    is_sliding = False
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask[:, None, :, None]
+
+    def update(self, keys, values, *args, **kwargs):
+        return tuple(torch.where(self.mask, x, x.detach()) for x in (keys, values))
+
+    def lazy_initialization(self, *args):
+        pass
+
+    def get_mask_sizes(self, query_length):
+        return query_length, 0
+
+    def get_seq_length(self):
+        return 0
+
+    def get_max_length(self):
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def reference(model, mask, weight, targets, **inputs):
+    """Loss and gradients of a dense forward with constant keys and values of unselected tokens.
+
+    ``Σ weight nll`` over the mask.
+    """
+    cache = Cache(layer_class_to_replicate=functools.partial(_Detaching, mask))
+    model.zero_grad()
+    nll = token_losses(model, targets, past_key_values=cache, **inputs)
+    loss = (torch.where(mask, weight, 0) * nll).sum()
+    loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Every selection that a model makes."""
+    made = []
+    select = cggr.torch.model.select_at_ratio
+
+    def spy(*args, **kwargs):
+        made.append(select(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(cggr.torch.model, "select_at_ratio", spy)
+    return made
+
+
+def weights_of(selection, config, n_eligible):
+    """Weight of every token in the loss ``(B, S)``."""
+    mask = selection.mask
+    if config.selection != "importance":
+        return mask / mask.sum()
+    weight = torch.zeros(mask.shape[0], mask.shape[1] + 1)
+    weight.scatter_(1, selection.indices.long(), selection.weights)
+    return weight[:, :-1] / n_eligible
+
+
+def check_step(wrapped, model, name, selections, labels, tolerance=1e-5, **inputs):
+    """A training step's loss and gradients against the reference; returns the selection."""
+    selections.clear()
+    model.zero_grad()
+    loss = wrapped(labels=labels, **inputs)
+    loss.backward()
+    actual = gradients(model)
+    (selection,) = selections
+    mask2d = inputs.get("attention_mask")
+    targets = shifted(name, labels, mask2d)
+    n_eligible = (targets != -100).sum()
+    weight = weights_of(selection, wrapped.config, n_eligible)
+    expected_loss, expected = reference(model, selection.mask, weight, targets, **inputs)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
+    assert_same_gradients(actual, expected, tolerance)
+    return selection
+
+
+# The two passes
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_the_losses_of_selected_tokens_are_those_of_a_dense_forward(
+    name, attention, record_property
+):
+    model = build(name, attention)
+    ids = models.token_ids(3, 12)
+    targets = shifted(name, models.labels_for(name, ids))
+    with torch.no_grad():
+        dense = token_losses(model, targets, input_ids=ids)
+        split = TokenSplit(model)
+        recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
+        index = torch.stack([torch.randperm(12)[:5] for _ in range(3)])
+        hidden = split.rows(recorded, index, None)
+        logits = split.router.project(hidden).float()
+    rows = F.cross_entropy(
+        logits.flatten(0, 1), targets.gather(1, index).flatten(), reduction="none"
+    )
+    difference = (rows.view_as(index) - dense.gather(1, index)).abs().max().item()
+    record_property("difference", difference)
+    print(f"{name} {attention}: {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def test_another_context_gives_other_losses():
+    # That the test above can fail: without what is recorded, losses differ.
+    model = build("llama", "sdpa")
+    ids = models.token_ids(3, 12)
+    split = TokenSplit(model)
+    index = torch.tensor([[7, 2, 11]]).expand(3, -1)
+    with torch.no_grad():
+        recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
+        right = split.rows(recorded, index, None)
+        for layer in recorded.cache.layers:
+            layer.values.mul_(0.5)
+        assert (split.rows(recorded, index, None) - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_all_positions_give_the_dense_loss_and_gradients(name, attention):
+    model = build(name, attention)
+    ids = models.token_ids(3, 9)
+    labels = models.labels_for(name, ids)
+    targets = shifted(name, labels)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    loss, expected = reference(
+        model, every, every / (targets != -100).sum(), targets, input_ids=ids
+    )
+
+    wrapped = CGGRModel(model, min_tokens_ratio=1.0, **OFF)  # one dense pass
+    wrapped(ids, labels=labels).backward()
+    assert_same_gradients(gradients(model), expected)
+
+    model.zero_grad()  # the two passes, in an order of their own
+    split = TokenSplit(model)
+    recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
+    index = torch.stack([torch.randperm(9) for _ in range(3)])
+    logits = split.router.project(split.rows(recorded, index, None)).float()
+    twice = F.cross_entropy(logits.flatten(0, 1), targets.gather(1, index).flatten())
+    twice.backward()
+    assert twice.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(gradients(model), expected)
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_the_gradient_is_that_of_constant_unselected_keys_and_values(name, attention, selections):
+    model = build(name, attention)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    check_step(wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids)
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize("selection", truth.SELECTIONS)
+def test_every_rule_selects_inside_the_sequences(selection, capacity, selections):
+    model = build("llama")
+    options = {"selection": selection, "min_tokens_ratio": 0.3, "warmup_steps": 0}
+    wrapped = CGGRModel(model, capacity=capacity, **options)
+    for seed in range(2):
+        ids = models.token_ids(3, 13, seed=seed)
+        labels = ids.clone()
+        labels[0, 5:] = -100  # fewer in one sequence: unused slots
+        labels[1] = -100  # and none in another
+        found = check_step(wrapped, model, "llama", selections, labels, input_ids=ids)
+        targets = shifted("llama", labels)
+        n_eligible = (targets != -100).sum(dim=1)
+        ratio = wrapped.get_metrics()["token_ratio"]
+        expected = [max(int(np.ceil(n * ratio - 1e-9)), int(n > 0)) for n in n_eligible.tolist()]
+        assert found.mask.sum(dim=1).tolist() == expected
+        assert not (found.mask & (targets == -100)).any()
+        assert wrapped.get_metrics()["tokens_selected"] == sum(expected)
+        assert wrapped.get_metrics()["tokens_total"] == int(n_eligible.sum())
+
+
+def test_the_mask_is_that_of_the_dense_scores(selections):
+    model = build("llama")
+    options = {"selection": "stratified", "scoring": "loss", "min_tokens_ratio": 0.4}
+    wrapped = CGGRModel(model, **options, **OFF)
+    ids = models.token_ids(4, 11)
+    wrapped(ids, labels=ids)
+    targets = shifted("llama", ids).numpy()
+    statistics = truth.statistics(array(model(ids).logits), targets)
+    expected = truth.select(
+        statistics["nll"], {**options, **OFF, "scope": "sequence"}, eligible=targets != -100
+    )
+    np.testing.assert_array_equal(selections[0].mask.numpy(), expected.mask)
+
+
+# What a batch may hold
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma3", "gpt2", "falcon", "bert", "roberta"]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side, name, capacity, selections):
+    model = build(name)
+    ids = models.token_ids(3, 11)
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 6) if side == "left" else slice(5, 11)] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    wrapped = CGGRModel(
+        model, selection="stratified", min_tokens_ratio=0.3, capacity=capacity, **OFF
+    )
+    labels = models.labels_for(name, ids)
+    check_step(wrapped, model, name, selections, labels, input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
+def test_packed_sequences_do_not_see_each_other(name, capacity, selections):
+    model = build(name)
+    ids = models.token_ids(2, 12)
+    lengths = [(5, 7), (12,)]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in parts]) for parts in lengths])
+    wrapped = CGGRModel(
+        model, selection="stratified", min_tokens_ratio=0.4, capacity=capacity, **OFF
+    )
+    loss = wrapped(ids, labels=ids, position_ids=positions)
+    loss.backward()
+    actual = gradients(model)
+    model.zero_grad()
+    mask = selections[0].mask
+    total = 0
+    for b, parts in enumerate(lengths):
+        start = 0
+        for n in parts:  # each on its own
+            part = slice(start, start + n)
+            targets = shifted("llama", ids)[b : b + 1, part]
+            cache = Cache(
+                layer_class_to_replicate=functools.partial(_Detaching, mask[b : b + 1, part])
+            )
+            nll = token_losses(
+                model, targets, input_ids=ids[b : b + 1, part], past_key_values=cache
+            )
+            total = total + torch.where(mask[b : b + 1, part], nll, 0).sum()
+            start += n
+    (total / mask.sum()).backward()
+    assert loss.item() == pytest.approx((total / mask.sum()).item(), rel=1e-5)
+    assert_same_gradients(actual, gradients(model))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_ones_own(kind, selections):
+    model = build("llama", "sdpa" if kind == "bool" else "eager")
+    ids = models.token_ids(3, 10)
+    seen = torch.rand(3, 1, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.7
+    seen = (seen & torch.ones(10, 10, dtype=torch.bool).tril()) | torch.eye(10, dtype=torch.bool)
+    mask = seen if kind == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    selections.clear()
+    loss = wrapped(ids, labels=ids, attention_mask=mask)
+    loss.backward()
+    actual = gradients(model)
+    targets = shifted("llama", ids)
+    weight = weights_of(selections[0], wrapped.config, (targets != -100).sum())
+    want, expected = reference(
+        model, selections[0].mask, weight, targets, input_ids=ids, attention_mask=mask
+    )
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(actual, expected)
+
+
+def test_positions_of_ones_own_and_types(selections):
+    model = build("bert")
+    ids = models.token_ids(3, 10)
+    inputs = {
+        "input_ids": ids,
+        "token_type_ids": (torch.arange(10) > 4).long().expand(3, 10).contiguous(),
+        "position_ids": torch.arange(10).flip(0)[None],
+    }
+    wrapped = CGGRModel(model, selection="topk", min_tokens_ratio=0.5, **OFF)
+    labels = models.labels_for("bert", ids)
+    check_step(wrapped, model, "bert", selections, labels, **inputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_embeddings_in_place_of_ids(name, selections):
+    model = build(name)
+    ids = models.token_ids(3, 10)
+    labels = models.labels_for(name, ids)
+    wrapped = CGGRModel(model, selection="topk", min_tokens_ratio=0.5, **OFF)
+    want = wrapped(ids, labels=labels)
+    embeds = model.get_input_embeddings()(ids)
+    assert wrapped(inputs_embeds=embeds, labels=labels).item() == pytest.approx(
+        want.item(), rel=1e-6
+    )
+
+
+def test_nothing_eligible_is_a_connected_zero():
+    model = build("llama")
+    for capacity in ("exact", "static"):
+        wrapped = CGGRModel(model, capacity=capacity, **OFF)
+        ids = models.token_ids(2, 8)
+        loss = wrapped(ids, labels=torch.full_like(ids, -100))
+        loss.backward()
+        assert loss.item() == 0
+        assert all((g == 0).all() for g in gradients(model).values())
+
+
+# Ways to train
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing(name, reentrant, selections):
+    model = build(name)
+    options = {"selection": "importance", "min_tokens_ratio": 0.3, **OFF}
+    ids = models.token_ids(3, 11)
+    labels = models.labels_for(name, ids)
+    plain = CGGRModel(model, **options)
+    plain(ids, labels=labels).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    # Its name before transformers 5.20.
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
+    ran = []
+    layers = [m for m in model.modules() if hasattr(type(m), "_can_checkpoint_with_cache")]
+    loss = CGGRModel(model, **options)(ids, labels=labels)
+    handle = next(layers[0].children()).register_forward_hook(lambda *_: ran.append(name))
+    loss.backward()
+    handle.remove()
+    assert ran == [name]  # once more
+    assert_same_gradients(gradients(model), expected, 1e-6)
+    assert _flags(model) == {True}
+
+
+def _flags(model):
+    """The state of checkpointing that a step must leave as it was."""
+    layers = [m for m in model.modules() if hasattr(type(m), "_can_checkpoint_with_cache")]
+    assert not any(m._can_checkpoint_with_cache for m in layers)
+    return {m.gradient_checkpointing for m in layers}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_autocast(name, dtype, selections):
+    model = build(name)
+    ids = models.token_ids(3, 11)
+    wrapped = CGGRModel(model, selection="stratified", min_tokens_ratio=0.4, **OFF)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = wrapped(ids, labels=models.labels_for(name, ids))
+    loss.backward()
+    actual = gradients(model)
+    assert all((g != 0).any() for key, g in actual.items() if key.endswith("weight"))
+    targets = shifted(name, models.labels_for(name, ids))
+    mask = selections[0].mask
+    want, expected = reference(model, mask, mask / mask.sum(), targets, input_ids=ids)
+    eps = torch.finfo(dtype).eps
+    assert loss.item() == pytest.approx(want.item(), rel=8 * eps)
+    for key, g in expected.items():
+        cosine = F.cosine_similarity(actual[key].flatten(), g.flatten(), dim=0)
+        assert cosine > 1 - 100 * eps**2 - 16 * eps * 0.1 or g.norm() < 1e-4, key
+
+
+def test_a_router_scores_in_the_models_place(selections):
+    model = build("llama")
+    router = create_truncated_router(model, num_layers=1)
+    wrapped = CGGRModel(model, router, selection="topk", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    found = check_step(wrapped, model, "llama", selections, ids, input_ids=ids)
+    logits = array(router(ids))
+    targets = shifted("llama", ids).numpy()
+    options = {"selection": "topk", "min_tokens_ratio": 0.3, "scope": "sequence", **OFF}
+    difficulty = truth.difficulty(truth.statistics(logits, targets), "combined")
+    expected = truth.select(difficulty, options, eligible=targets != -100)
+    np.testing.assert_array_equal(found.mask.numpy(), expected.mask)
+
+
+@pytest.mark.parametrize("selection", ["stratified", "importance"])
+def test_accumulated_micro_batches_are_one_batch(selection, selections):
+    model = build("llama")
+    ids = models.token_ids(4, 10)
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    items = (shifted("llama", labels) != -100).sum()
+    total = 0
+    for part in (slice(0, 1), slice(1, 4)):
+        wrapped = CGGRModel(model, selection=selection, min_tokens_ratio=0.3, **OFF)
+        loss = wrapped(ids[part], labels=labels[part], num_items_in_batch=items)
+        targets = shifted("llama", labels[part])
+        n_eligible = (targets != -100).sum()
+        nll = token_losses(model, targets, input_ids=ids[part]).detach()
+        weight = weights_of(selections[-1], wrapped.config, n_eligible)
+        want = (weight * nll).sum() * n_eligible / items
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        total = total + loss
+    total.backward()
+
+
+def test_importance_weights_make_the_heads_gradient_unbiased():
+    model = build("llama", layers=1)
+    ids = models.token_ids(4, 12)
+    labels = ids.clone()
+    model.zero_grad()
+    targets = shifted("llama", ids)
+    (token_losses(model, targets, input_ids=ids).sum() / (targets != -100).sum()).backward()
+    dense = model.lm_head.weight.grad.clone()
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.25, **OFF)
+    draws = []
+    for _ in range(400):
+        model.zero_grad()
+        wrapped(ids, labels=labels).backward()
+        draws.append(model.lm_head.weight.grad.clone())
+    draws = torch.stack(draws)
+    error = (draws.mean(0) - dense).norm()
+    # The mean of n draws is off by their spread / sqrt(n); a biased one stays off.
+    spread = (draws - draws.mean(0)).square().sum(dim=(1, 2)).mean().sqrt() / len(draws) ** 0.5
+    assert error < 1.5 * spread
+    assert spread < 0.1 * dense.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert"])
+def test_training_reduces_the_loss(name):
+    # Its logits are to grow beyond the soft-cap of the other tests.
+    model = build(name, **({"final_logit_softcapping": 30.0} if name == "gemma3" else {}))
+    wrapped = CGGRModel(model, selection="importance", warmup_steps=10)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    ids = models.token_ids(4, 12)
+    labels = models.labels_for(name, ids)
+    wrapped.eval()
+    before = wrapped(ids, labels=labels).item()
+    wrapped.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        wrapped(ids, labels=labels).backward()
+        optimizer.step()
+        wrapped.step()
+    wrapped.eval()
+    assert wrapped(ids, labels=labels).item() < before / 3
+
+
+def test_nothing_of_a_step_stays():
+    model = build("llama")
+    wrapped = CGGRModel(model, **OFF)
+    before = set(wrapped.state_dict())
+    ids = models.token_ids(2, 8)
+    loss = wrapped(ids, labels=ids)
+    loss.backward()
+    assert set(wrapped.state_dict()) == before
+    assert {name.removeprefix("model.") for name in before if name.startswith("model.")} == set(
+        model.state_dict()
+    )
+
+
+def test_two_losses_before_a_backward_pass():
+    model = build("llama")
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.3, **OFF)
+    batches = [models.token_ids(2, 9, seed=seed) for seed in range(2)]
+
+    def run(together):
+        wrapped.scorer.draw_count.zero_()
+        model.zero_grad()
+        losses = []
+        for ids in batches:
+            loss = wrapped(ids, labels=ids)
+            losses.append(loss) if together else loss.backward()
+        if together:
+            sum(losses).backward()
+        return gradients(model)
+
+    assert_same_gradients(run(True), run(False), 1e-6)
+
+
+# What cannot be had
+
+
+def test_eval_is_the_dense_loss_and_no_labels_the_models_output():
+    model = build("llama")
+    wrapped = CGGRModel(model, **OFF)
+    ids = models.token_ids(2, 9)
+    assert torch.equal(wrapped(ids).logits, model(ids).logits)
+    wrapped.eval()
+    expected = model(ids, labels=ids).loss.item()
+    assert wrapped(ids, labels=ids).item() == pytest.approx(expected, rel=1e-6)
+
+
+def _with(name, **changes):
+    model = models.build(name)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    return model
+
+
+class Plain(nn.Module):
+    def forward(self, input_ids):
+        return input_ids
+
+
+REFUSALS = {
+    "mamba": (lambda: models.build("mamba"), "MambaForCausalLM is a mamba model: its layers scan"),
+    "alibi": (lambda: _with("falcon", alibi=True), "FalconForCausalLM has alibi=True: ALiBi"),
+    "dynamic rope": (
+        lambda: _with("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "LlamaForCausalLM has dynamic rotary positions",
+    ),
+    "long rope": (
+        lambda: _with("phi3", rope_parameters={"rope_type": "longrope"}),
+        "Phi3ForCausalLM has longrope rotary positions",
+    ),
+    "flash": (
+        lambda: _with("llama", _attn_implementation_internal="flash_attention_2"),
+        "LlamaForCausalLM uses 'flash_attention_2' attention",
+    ),
+    "bidirectional gemma": (
+        lambda: _with("gemma3", use_bidirectional_attention=True),
+        "Gemma3ForCausalLM has use_bidirectional_attention=True",
+    ),
+    "cross-attention": (
+        lambda: _with("gpt2", add_cross_attention=True),
+        "GPT2LMHeadModel has add_cross_attention=True",
+    ),
+    "unknown": (Plain, "Plain is not of a kind known to run on selected positions"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_refusals(kind, caplog):
+    make, reason = REFUSALS[kind]
+    model = make()
+    assert refusal(model).startswith(reason)
+    with pytest.raises(ValueError, match=f"^split='token' cannot be had, 'sequence' can: {reason}"):
+        CGGRModel(model)
+    with caplog.at_level(logging.INFO, logger="cggr.torch.model"):
+        assert RoutedModel(model).split == "sequence"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        f"split='auto': training on whole sequences (split='sequence'): {reason}"
+    )
+
+
+def test_auto_takes_tokens_where_it_can(caplog):
+    with caplog.at_level(logging.INFO, logger="cggr.torch.model"):
+        assert RoutedModel(models.build("llama")).split == "token"
+        assert RoutedModel(models.build("llama"), scope="batch").split == "sequence"
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "split='auto': training on tokens (split='token')."
+    assert "scope='batch'" in second
+
+
+def test_a_batch_wide_ranking_is_refused():
+    message = (
+        "scope must be 'sequence' with split='token', which gives every sequence as many slots; "
+        "got 'batch'."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        CGGRModel(models.build("llama"), scope="batch")
+    assert CGGRModel(models.build("llama"), scope="sequence").split == "token"
+    assert CGGRModel(models.build("llama"), config=RoutingConfig()).split == "token"
+
+
+def test_an_attention_changed_later_is_refused_at_the_step():
+    model = build("llama")
+    wrapped = CGGRModel(model, **OFF)
+    model.config._attn_implementation_internal = "flex_attention"
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match="uses 'flex_attention' attention"):
+        wrapped(ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"attention_mask": torch.ones(2, 3, 8)},
+            (
+                "attention_mask must have shape (B, S) or (B, 1, S, S) with split='token', here "
+                "B = 2 and S = 8, got (2, 3, 8)."
+            ),
+        ),
+        (
+            {"position_ids": torch.zeros(3, 2, 8, dtype=torch.long)},
+            (
+                "position_ids must have shape (B, S) or (1, S) with split='token', here B = 2 and "
+                "S = 8, got (3, 2, 8)."
+            ),
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 5)},
+            (
+                "split='token' cannot tell which part of pixel_values (2, 5) belongs to a "
+                "position: it takes input_ids, inputs_embeds, attention_mask, position_ids, "
+                "token_type_ids; split='sequence' takes it."
+            ),
+        ),
+    ],
+    ids=["mask", "positions", "else"],
+)
+def test_inputs_that_do_not_fit(inputs, message):
+    wrapped = CGGRModel(build("llama"), **OFF)
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match=exactly(message)):
+        wrapped(ids, labels=ids, **inputs)
