@@ -217,7 +217,9 @@ class CGGRModel(nn.Module):
         """``Σ nll`` over all tokens."""
         if self._token_split is None:
             return self._loss_sum(model_inputs, targets, None)
-        hidden = self._token_split.hidden(model_inputs)
+        hidden = self._token_split.hidden(
+            model_inputs, targets.shape, synchronise=self.scorer.capacity == "exact"
+        )
         return self._every_token_sum(self._token_split, hidden, targets)
 
     def _every_token_sum(
@@ -245,11 +247,10 @@ class CGGRModel(nn.Module):
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` over the tokens to train on."""
         scorer, config, rule = self.scorer, self.config, self._rule
-        recorded = None
+        recorded, synchronise = None, scorer.capacity == "exact"
         if scorer.selects_all:  # one dense pass does
-            hidden = split.hidden(model_inputs)
+            hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
         else:
-            synchronise = scorer.capacity == "exact"
             recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
             hidden = recorded.hidden_BSD
         difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)

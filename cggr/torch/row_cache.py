@@ -21,10 +21,14 @@ class RowCache(Cache):
     A first pass over all positions fills it. After :meth:`select`, a pass over some positions finds
     the keys and values of all in it: its own at these positions, with their gradient, and the
     recorded ones, which are constants, elsewhere.
+
+    Args:
+        records: False for a dense pass, which needs none of this: a model that is given a cache
+            does not ask the device whether its positions are those of packed sequences.
     """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=_RowLayer)
+    def __init__(self, *, records: bool = True) -> None:
+        super().__init__(layer_class_to_replicate=_RowLayer if records else _NoLayer)
 
     def select(self, index_BC: Tensor, unused_BC: Tensor | None) -> None:
         """The next pass runs these positions, each at most once in a sequence.
@@ -37,8 +41,30 @@ class RowCache(Cache):
             layer.index_BC, layer.unused_BC = index_BC, unused_BC
 
 
-class _RowLayer(CacheLayerMixin):
-    is_sliding = False  # a window is the mask's business: nothing that was recorded is dropped
+class _NoLayer(CacheLayerMixin):
+    is_sliding = False  # a window is the mask's business: nothing that is recorded is dropped
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: what is recorded is the model's own."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length if self.keys is None else self.keys.shape[-2], 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class _RowLayer(_NoLayer):
     index_BC: Tensor | None = None
     unused_BC: Tensor | None = None
 
@@ -67,20 +93,6 @@ class _RowLayer(CacheLayerMixin):
             return recorded_BHSW.scatter(2, index_BHCW, rows_BHCW)
         # Detached anew each time: the memory is shared, the history of a former write is not.
         return recorded_BHSW.detach().scatter_(2, index_BHCW, rows_BHCW)
-
-    def lazy_initialization(self, *args: Any) -> None:
-        """Nothing to do: what is recorded is the model's own."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length if self.keys is None else self.keys.shape[-2], 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
 
 def _on_its_own(x: Tensor) -> Tensor:

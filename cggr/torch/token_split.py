@@ -155,23 +155,12 @@ class TokenSplit:
         Raises:
             ValueError: An input does not tell which part of it belongs to a position.
         """
-        self._check()
-        inputs, extra = _split_inputs(model_inputs, shape)
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        key_BS = segment_BS = None
-        if mask is not None and mask.dim() == 2:
-            key_BS = mask.bool()
-        elif mask is None and positions is not None and self._causal:
-            segment_BS = _segments(positions.expand(shape))
-            if synchronise and not segment_BS[:, -1].any():
-                segment_BS = None
-        first = inputs | extra
-        if segment_BS is not None or (key_BS is not None and not synchronise):
-            every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
-            first["attention_mask"] = self._masks(every_BS, key_BS, segment_BS, inputs)
+        inputs, extra = self._checked_inputs(model_inputs, shape)
+        key_BS, segment_BS = self._visible(inputs, shape, synchronise)
         from cggr.torch.row_cache import RowCache
 
         cache = RowCache()
+        first = self._masked(inputs, shape, key_BS, segment_BS, synchronise) | extra
         with torch.no_grad(), self._first_pass(_any_of(inputs).device):
             hidden_BSD = self._base(first | {"past_key_values": cache})
         positions_BS = self._positions(inputs, shape)
@@ -205,9 +194,20 @@ class TokenSplit:
         with self._second_pass():
             return self._base(selected | recorded.extra | {"past_key_values": cache})
 
-    def hidden(self, model_inputs: dict[str, Any]) -> Tensor:
-        """Final hidden states ``(B, S, D)`` of a dense forward."""
-        return self._base(model_inputs)
+    def hidden(
+        self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
+    ) -> Tensor:
+        """Final hidden states ``(B, S, D)`` of a dense forward, with gradient.
+
+        The arguments are those of :meth:`record`.
+        """
+        inputs, extra = self._checked_inputs(model_inputs, shape)
+        visible = self._visible(inputs, shape, synchronise)
+        from cggr.torch.row_cache import RowCache
+
+        dense = self._masked(inputs, shape, *visible, synchronise) | extra
+        with self._second_pass():
+            return self._base(dense | {"past_key_values": RowCache(records=False)})
 
     def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
         """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
@@ -234,6 +234,47 @@ class TokenSplit:
     def _causal(self) -> bool:
         config = self._source.config
         return config.model_type not in _BIDIRECTIONAL or bool(getattr(config, "is_decoder", False))
+
+    def _checked_inputs(
+        self, model_inputs: dict[str, Any], shape: torch.Size
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._check()
+        return _split_inputs(model_inputs, shape)
+
+    def _visible(
+        self, inputs: dict[str, Tensor], shape: torch.Size, synchronise: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which keys are no padding, and which packed sequence they belong to, where it matters."""
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None:
+            return (mask.bool() if mask.dim() == 2 else None), None
+        if positions is None or not self._causal:
+            return None, None
+        segment_BS = _segments(positions.expand(shape))
+        if synchronise and not segment_BS[:, -1].any():
+            return None, None
+        return None, segment_BS
+
+    def _masked(
+        self,
+        inputs: dict[str, Tensor],
+        shape: torch.Size,
+        key_BS: Tensor | None,
+        segment_BS: Tensor | None,
+        synchronise: bool,
+    ) -> dict[str, Any]:
+        """Inputs of a pass over everything, with a mask that the model need not look into."""
+        if segment_BS is None and (synchronise or (key_BS is None and not self._needs_mask)):
+            return inputs
+        if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
+            return inputs
+        every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
+        return inputs | {"attention_mask": self._masks(every_BS, key_BS, segment_BS, inputs)}
+
+    @property
+    def _needs_mask(self) -> bool:
+        """Whether attention takes its causality from a mask, which transformers fills by hand."""
+        return self._source.config._attn_implementation != "sdpa"
 
     def _check(self) -> None:
         if (reason := refusal(self._model[0])) is not None:
