@@ -23,6 +23,7 @@ from cggr import __version__
 from cggr.bench.settings import BENCHMARKS, BenchError, BenchSettings
 from cggr.race.settings import (
     BACKENDS,
+    DEFAULT_LANES,
     LANES,
     SCORINGS,
     SELECTIONS,
@@ -116,7 +117,10 @@ _POSITIVE = click.IntRange(min=1)
 @_options(
     click.option("--budget", type=_Amount(), default="60s", help="Training per lane and seed."),
     click.option(
-        "--lanes", type=_Names(), default=",".join(LANES), help="Who races, separated by commas."
+        "--lanes",
+        type=_Names(),
+        default=",".join(DEFAULT_LANES),
+        help=f"Who races, separated by commas: {', '.join(LANES)}.",
     ),
     click.option(
         "--scoring",

@@ -31,7 +31,13 @@ def check_refused(result, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("race --lanes dense,sparse", "unknown lane 'sparse'; known lanes: dense, random, cggr"),
+        (
+            "race --lanes dense,sparse",
+            (
+                "unknown lane 'sparse'; known lanes: dense, random, cggr, random-sequences, "
+                "cggr-sequences"
+            ),
+        ),
         ("race --lanes dense,dense", "a race needs each lane once, got 'dense,dense'"),
         ("race --text nowhere", "Invalid value for '--text': Path 'nowhere' does not exist."),
         ("race --text empty.txt", "--text empty.txt: no text in it"),

@@ -315,7 +315,7 @@ def test_wrong_labels_are_loud():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"split": "token"}, ValueError, "split='token' is not in this version"),
+        ({"split": "token"}, ValueError, "split='token' cannot be had: Bigram.__call__ takes no"),
         ({"split": "rows"}, ValueError, "split must be 'auto', 'sequence' or 'token', got 'rows'"),
         ({"shift_labels": "auto"}, TypeError, "shift_labels must be True or False, got 'auto'"),
         ({"router": len}, TypeError, "router must be a flax.nnx module, got builtin_function"),

@@ -26,7 +26,7 @@ import cggr
 from cggr.race import engine, jax_lanes, pretrained, torch_lanes
 from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, check_weights, initial_weights
 from cggr.race.jax_decoder import huggingface_name, load_decoder
-from cggr.race.settings import RaceError
+from cggr.race.settings import LANES, RaceError
 
 CPU = jax.devices("cpu")[0]
 FINE_TUNING = shlex.split("--model pretrained --batch-size 4 --sequence-length 16")
@@ -273,12 +273,12 @@ def test_a_routed_lane_counts_its_steps():
 
 def test_with_ratio_one_every_lane_trains_like_dense():
     losses = []
-    for name in ("dense", "random", "cggr"):
+    for name in LANES:
         _, lane, batch = lanes_of(name, ratio=1.0)
         for step in range(3):
             lane.train_step(batch(step), 1e-2)
         losses.append(lane.evaluate())
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert losses[1:] == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 
 def test_lanes_of_one_seed_share_their_start_and_nothing_else():
@@ -393,8 +393,8 @@ def test_a_race_from_the_command_line(book, tmp_path):
     for (lane, _), run in runs.items():
         curve = run["curve"]
         assert [point["steps"] for point in curve] == [0, 1, 2, 3, 4, 5, 6]
-        kept = 8 if lane == "dense" else 2  # a quarter of the sequences, 31 targets in each
-        assert [point["tokens_trained"] for point in curve] == [31 * kept * i for i in range(7)]
+        kept = 31 if lane == "dense" else 8  # of each of 8 sequences: ceil(31 / 4)
+        assert [point["tokens_trained"] for point in curve] == [8 * kept * i for i in range(7)]
         assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
         assert run["peak_memory"] is None
     assert runs["dense", 0]["curve"][0]["loss"] != runs["dense", 1]["curve"][0]["loss"]

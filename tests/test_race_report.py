@@ -11,7 +11,8 @@ from rich.console import Console
 
 from cggr.race import figure, report, summary
 from cggr.race.engine import Evaluation, Run
-from cggr.race.settings import LANES, Budget, RaceSettings
+from cggr.race.settings import DEFAULT_LANES as LANES
+from cggr.race.settings import Budget, RaceSettings
 from cggr.race.tokens import Corpus
 
 CORPUS = Corpus(np.zeros(5000, np.int32), np.zeros(101, np.int32), 200, 300, 0)

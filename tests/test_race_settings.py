@@ -74,7 +74,13 @@ def test_a_budget_is_spent_in_its_own_unit():
     ("options", "message"),
     [
         ({"backend": "numpy"}, "unknown backend 'numpy'; known backends: torch, jax"),
-        ({"lanes": ("dense", "sparse")}, "unknown lane 'sparse'; known lanes: dense, random, cggr"),
+        (
+            {"lanes": ("dense", "sparse")},
+            (
+                "unknown lane 'sparse'; known lanes: dense, random, cggr, random-sequences, "
+                "cggr-sequences"
+            ),
+        ),
         ({"lanes": ("dense", "dense")}, "a race needs each lane once, got 'dense,dense'"),
         ({"lanes": ()}, "a race needs each lane once, got ''"),
         (

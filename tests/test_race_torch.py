@@ -13,7 +13,7 @@ from matplotlib import image
 from races import race, read, save_tokenizer, tiny, write_book
 
 from cggr.race import tokens, torch_lanes
-from cggr.race.settings import RaceError
+from cggr.race.settings import LANES, RaceError
 
 SMALL = [*races.SMALL, "--threads", "1"]
 
@@ -72,8 +72,8 @@ def test_a_race_from_the_command_line(book, tmp_path):
         curve = run["curve"]
         assert [point["steps"] for point in curve] == [0, 1, 2, 3, 4, 5, 6]
         assert [point["tokens_seen"] for point in curve] == [256 * step for step in range(7)]
-        kept = 8 if lane == "dense" else 2  # a quarter of the sequences, 31 targets in each
-        assert [point["tokens_trained"] for point in curve] == [31 * kept * i for i in range(7)]
+        kept = 31 if lane == "dense" else 8  # of each of 8 sequences: ceil(31 / 4)
+        assert [point["tokens_trained"] for point in curve] == [8 * kept * i for i in range(7)]
         seconds = [point["seconds"] for point in curve]
         assert sorted(seconds) == seconds
         assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
@@ -170,12 +170,29 @@ def test_the_dense_lane_is_plain_training():
 
 def test_with_ratio_one_every_lane_trains_like_dense():
     losses = []
-    for name in ("dense", "random", "cggr"):
+    for name in LANES:
         lane, stream = make_lane(name, ratio=1.0)
         for step in range(3):
             lane.train_step(stream[128 * step :][:128].astype(np.int64).reshape(8, 16), 1e-2)
         losses.append(lane.evaluate())
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert losses[1:] == pytest.approx([losses[0]] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("cggr", 8 * 4), ("cggr-sequences", 2 * 15)])
+def test_a_lane_keeps_tokens_of_every_sequence_or_whole_sequences(name, kept):
+    lane, stream = make_lane(name, ratio=0.25)
+    lane.train_step(stream[:128].astype(np.int64).reshape(8, 16), 1e-2)
+    assert lane.tokens_per_step() == kept
+
+
+def test_a_model_that_cannot_run_on_tokens_can_on_sequences():
+    lane, _ = make_lane("dense")
+    lane.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    settings, corpus = tiny()
+    message = r"^--lanes cggr: LlamaForCausalLM has dynamic .* cggr-sequences can race$"
+    with pytest.raises(RaceError, match=message):
+        torch_lanes.TorchLane("cggr", lane.model, settings, corpus.heldout, 0)
+    torch_lanes.TorchLane("cggr-sequences", lane.model, settings, corpus.heldout, 0)
 
 
 def test_lanes_of_one_seed_share_their_start_and_nothing_else():

@@ -394,6 +394,12 @@ def test_nothing_eligible_is_a_connected_zero():
 # Ways to train
 
 
+def enable_checkpointing(model, reentrant):
+    # Its name before transformers 5.20.
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing(name, reentrant, selections):
@@ -405,9 +411,7 @@ def test_gradient_checkpointing(name, reentrant, selections):
     plain(ids, labels=labels).backward()
     expected = gradients(model)
     model.zero_grad()
-    # Its name before transformers 5.20.
-    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
+    enable_checkpointing(model, reentrant)
     ran = []
     layers = [m for m in model.modules() if hasattr(type(m), "_can_checkpoint_with_cache")]
     loss = CGGRModel(model, **options)(ids, labels=labels)
@@ -685,3 +689,96 @@ def test_inputs_that_do_not_fit(inputs, message):
     ids = models.token_ids(2, 8)
     with pytest.raises(ValueError, match=exactly(message)):
         wrapped(ids, labels=ids, **inputs)
+
+
+# Adapters and compilers
+
+
+# Of transformers' own names, which peft still uses.
+of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=0.0, **options))
+
+
+@of_peft
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ],
+)
+def test_lora(name, options, reentrant, selections):
+    model = build(name)
+    adapted = lora(model, **options, init_lora_weights=False, task_type="CAUSAL_LM")
+    if reentrant is not None:
+        enable_checkpointing(model, reentrant)
+        model.enable_input_require_grads()
+    wrapped = CGGRModel(adapted, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 11)
+    selections.clear()
+    loss = wrapped(ids, labels=ids)
+    loss.backward()
+    actual = {key: p.grad.clone() for key, p in adapted.named_parameters() if p.requires_grad}
+    assert actual
+    assert all("lora" in key for key in actual)
+    assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
+    if reentrant is not None:
+        model.gradient_checkpointing_disable()
+    for p in adapted.parameters():
+        p.grad = None
+    targets = shifted(name, ids)
+    mask = selections[0].mask
+    weight = weights_of(selections[0], wrapped.config, (targets != -100).sum())
+    cache = Cache(layer_class_to_replicate=functools.partial(_Detaching, mask))
+    nll = token_losses(adapted, targets, past_key_values=cache, input_ids=ids)
+    want = (torch.where(mask, weight, 0) * nll).sum()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    expected = {key: p.grad for key, p in adapted.named_parameters() if p.requires_grad}
+    assert_same_gradients(actual, expected)
+
+
+@of_peft
+def test_lora_of_the_head_and_its_tokens():
+    # A head with an adapter is no plain linear layer: the logits of the selected rows are made.
+    model = build("llama")
+    adapted = lora(model, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = CGGRModel(adapted, min_tokens_ratio=1.0, **OFF)
+    ids = models.token_ids(3, 11)
+    loss = wrapped(ids, labels=ids)
+    assert loss.item() == pytest.approx(adapted(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+@of_peft
+def test_learned_positions_before_the_sequence_are_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapted = peft.get_peft_model(models.build("llama"), config)
+    with pytest.raises(ValueError, match="puts learned positions before the sequence"):
+        CGGRModel(adapted)
+
+
+@pytest.mark.slow
+@pytest.mark.float64  # nothing is compiled under the guard
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
+def test_a_compiled_model_is_run_compiled(name, selections):
+    torch._dynamo.reset()
+    model = build(name)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    wrapped = CGGRModel(compiled, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    labels = models.labels_for(name, ids)
+    check_step(wrapped, model, name, selections, labels, input_ids=ids)
+    assert len(graphs) >= 2  # of either pass
+    torch._dynamo.reset()

@@ -5,6 +5,7 @@ The functions are pure and work with any JAX code; the modules are for ``flax.nn
 with the logits.
 """
 
+from cggr.jax.attention import RowAttention
 from cggr.jax.functional import (
     linear_token_statistics,
     select_tokens,
@@ -23,6 +24,7 @@ __all__ = [
     "CGGRModel",
     "CGGRScorer",
     "RoutingConfig",
+    "RowAttention",
     "Selection",
     "TokenStatistics",
     "TruncatedRouter",

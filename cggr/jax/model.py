@@ -1,6 +1,7 @@
 """A model wrapper whose training step runs the backward pass on what is worth learning from.
 
-Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
+Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes; ``C`` sequences kept, or slots of each
+sequence for the tokens kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
+from cggr.jax.attention import at_positions, missing_for_rows, record_pass, row_pass
 from cggr.jax.functional import (
     aligned_targets,
     checked_logits,
@@ -29,10 +31,11 @@ from cggr.jax.functional import (
 )
 from cggr.jax.router import TruncatedRouter, logits_of
 from cggr.jax.routing import RoutedModule, selection_metrics
-from cggr.jax.scorer import checked_module, checked_shift, score, with_mask
+from cggr.jax.scorer import Scores, checked_module, checked_shift, score, with_mask
 from cggr.jax.selected import SelectedRows, every_row, reduce_loss
 from cggr.spec import RoutingConfig
 from cggr.spec.inputs import follows_sequences, map_parts
+from cggr.spec.schedule import ONE
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,17 @@ logger = logging.getLogger(__name__)
 class CGGRModel(RoutedModule):
     """Train a model on the part of every batch that is worth it.
 
+    ``split="token"``: a first pass over everything, without gradient and dropout, keeps every
+    layer's keys and values; the configured rule selects tokens inside each sequence; a second pass
+    runs those alone, forward and backward, and attends to all. A selected token's loss is its dense
+    loss; what unselected tokens offer to attention is constant in the gradient. The model must
+    attend through :class:`~cggr.jax.RowAttention`, one for each layer, and take ``positions``.
+
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
-    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those.
-    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss;
+    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
     ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole.
+
+    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
     Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
     selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
@@ -52,21 +62,24 @@ class CGGRModel(RoutedModule):
         model: An nnx module ``(input_ids, ...) -> logits`` (an array, a tuple that starts with
             them, or an output with ``.logits``).
         router: What scores, such as ``create_truncated_router(model)``; the model itself when
-            None, at the price of a full forward. It scores without gradient and dropout. One with
+            None, which the token split runs anyway, and the sequence split at the price of a full
+            forward. It scores without gradient and dropout. One with
             parameters of its own is no business of the optimizer, whose weight decay would shrink
             them: ``wrt=nnx.All(nnx.Param, nnx.PathContains("model"))``.
-        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
-        split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
+        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords. The
+            scope is ``"sequence"`` with the token split, whatever a config says.
+        split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models).
         sharding: Sharding of the selected sequences ``(C, S)`` under jit on a mesh of several
-            devices, such as that of the batch. The selection gathers from all of them; without
-            this the compiler may compute the selected sequences on each.
+            devices, such as that of the batch. The sequence split gathers from all of them; without
+            this the compiler may compute the selected sequences on each. The token split moves
+            nothing between devices and needs none.
         **options: Fields of :class:`RoutingConfig`.
 
     Raises:
         TypeError: The model or the router is no nnx module.
-        ValueError: An option is out of range, or the split cannot be had.
+        ValueError: An option is out of range, or the split cannot be had; it says why.
 
     Example:
         >>> model = nnx.Embed(50, 50, rngs=nnx.Rngs(0))  # any model from ids to logits
@@ -94,12 +107,10 @@ class CGGRModel(RoutedModule):
         super().__init__(config, **options)
         if split not in ("auto", "sequence", "token"):
             raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
-        if split == "token":
-            raise ValueError("split='token' is not in this version of cggr; use 'sequence'.")
-        if split == "auto":
-            logger.info("split='auto': training on whole sequences (split='sequence').")
-        self.split = "sequence"
         self.model = checked_module("model", model)
+        self.split = _possible_split(split, model, options)
+        if self.split == "token":
+            self.config = dataclasses.replace(self.config, scope="sequence")
         self.shift_labels = checked_shift(shift_labels)
         self.sharding = sharding
         # A router cut from the model is kept as the way to cut it, so that the model is here once.
@@ -107,10 +118,11 @@ class CGGRModel(RoutedModule):
         if isinstance(router, TruncatedRouter) and router.source is model:
             self.truncation, router = router.truncation, None
         self.router = None if router is None else _checked_router(model, router)
-        # Sequences are kept whole, so there is no floor of tokens in each of them.
-        aware = self.config.selection == "sequence_aware"
-        rule = "topk" if aware else self.config.selection
-        self._rule = selection_options(dataclasses.replace(self.config, selection=rule))
+        rule = self.config
+        if self.split == "sequence" and rule.selection == "sequence_aware":
+            # Sequences are kept whole, so there is no floor of tokens in each of them.
+            rule = dataclasses.replace(rule, selection="topk")
+        self._rule = selection_options(rule)
 
     def _scores(self) -> bool:
         """Whether anything is scored: the random control needs no score and pays for none."""
@@ -142,8 +154,11 @@ class CGGRModel(RoutedModule):
             num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
                 loss becomes ``mean n_eligible / M``.
             **model_inputs: Passed to router and model, None included (positions, cache, ...).
-                Arrays whose first dimension is B, alone or in a dict, list or tuple, are taken
-                to belong to the sequences and follow the selection; raw PRNG keys are not.
+                Sequence split: arrays whose first dimension is B, alone or in a dict, list or
+                tuple, are taken to belong to the sequences and follow the selection; raw PRNG keys
+                are not. Token split: ``(B, S, ...)`` and ``(1, S, ...)`` follow the selected
+                positions, masks ``(B, 1, S, S)`` twice; `positions` are 0, 1, ... where none are
+                given.
 
         Returns:
             Scalar loss, float32 (float64 for float64 logits); 0 when nothing is eligible. Without
@@ -152,7 +167,8 @@ class CGGRModel(RoutedModule):
         Raises:
             TypeError: Labels are not integers, or the model returned no logits.
             ValueError: Shapes disagree, or, on the CPU outside jit, a label is out of range
-                (elsewhere such a label makes the loss NaN).
+                (elsewhere such a label makes the loss NaN); with the token split, an input may or
+                may not belong to the positions.
         """
         model_inputs = with_mask(model_inputs, attention_mask)
         if labels is None:
@@ -164,7 +180,14 @@ class CGGRModel(RoutedModule):
         n_eligible = jnp.sum(eligible, dtype=jnp.int32)
         inputs = model_inputs | {"input_ids": jnp.asarray(input_ids)}
         if self.deterministic:
+            if self.split == "token":
+                inputs = _with_positions(inputs, targets.shape)
             total, rows = self._loss_sum(inputs, targets, None, "labels")
+        elif self.split == "token":
+            if self.config.selects_all:  # one dense pass does
+                total, rows = self._every_token_sum(inputs, targets, eligible, reference_nll)
+            else:
+                total, rows = self._token_loss_sum(inputs, targets, eligible, rank, reference_nll)
         else:
             inputs, targets, weight_C = self._select(inputs, targets, eligible, rank, reference_nll)
             total, rows = self._loss_sum(
@@ -181,8 +204,13 @@ class CGGRModel(RoutedModule):
         reference_nll: ArrayLike | None,
     ) -> tuple[dict[str, Any], Array, Array | None]:
         """Inputs, targets and weights of the sequences to train on."""
-        mean_difficulty_B, scored = self._score(inputs, targets, eligible, reference_nll)
         config, shape = self.config, targets.shape
+        scores = self._score(inputs, targets, reference_nll) if self._scores() else None
+        mean_difficulty_B = jnp.zeros_like(targets, shape=shape[:1], dtype=jnp.float32)
+        if scores is not None:
+            length_B = jnp.maximum(jnp.sum(eligible, axis=1), 1)
+            mean_difficulty_B = jnp.sum(scores.difficulty, axis=1) / length_B
+        scored = _scored(scores)
         step = self.step_count[...].reshape(1)
         ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
         selection = select_at_ratio(
@@ -225,20 +253,23 @@ class CGGRModel(RoutedModule):
         return min(-(-capacity // shards) * shards, batch)
 
     def _score(
-        self,
-        inputs: dict[str, Any],
-        targets: Array,
-        eligible: Array,
-        reference_nll: ArrayLike | None,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Mean difficulty of every sequence, and the ``(B, S)`` scores it was made from."""
-        if not self._scores():
-            return jnp.zeros_like(targets, shape=targets.shape[:1], dtype=jnp.float32), {}
+        self, inputs: dict[str, Any], targets: Array, reference_nll: ArrayLike | None
+    ) -> Scores:
+        """What the router says of every token; the model, where there is none."""
         router = self.model if self.router is None else self.router
         if self.truncation is not None:
             router = self.truncation(self.model)
+        return self._score_by(router, inputs, targets, reference_nll)
+
+    def _score_by(
+        self,
+        router: nnx.Module,
+        inputs: dict[str, Any],
+        targets: Array,
+        reference_nll: ArrayLike | None,
+    ) -> Scores:
         inputs = dict(inputs)
-        scores = score(
+        return score(
             router,
             targets,
             self.config,
@@ -247,13 +278,125 @@ class CGGRModel(RoutedModule):
             reference_nll=reference_nll,
             shifted=self.shift_labels,
         )
-        length_B = jnp.maximum(jnp.sum(eligible, axis=1), 1)
-        mean_B = jnp.sum(scores.difficulty, axis=1) / length_B
-        return mean_B, {
-            "confidence": scores.statistics.confidence,
-            "entropy": scores.statistics.entropy,
-            "difficulty": scores.difficulty,
-        }
+
+    def _every_token_sum(
+        self,
+        inputs: dict[str, Any],
+        targets: Array,
+        eligible: Array,
+        reference_nll: ArrayLike | None,
+    ) -> tuple[Array, SelectedRows]:
+        """``Σ nll`` over all tokens, in a training step."""
+        located = _with_positions(inputs, targets.shape)
+        logits = checked_logits(logits_of(self.model(located.pop("input_ids"), **located)))
+        scores = None
+        if self._scores() and self.router is None and self.truncation is None:
+            answer = _Answer(jax.lax.stop_gradient(logits))
+            scores = self._score_by(answer, inputs, targets, reference_nll)
+        elif self._scores():
+            scores = self._score(inputs, targets, reference_nll)
+        targets = checked_targets(
+            targets,
+            logits.shape[:-1],
+            logits.shape[-1],
+            self.config.ignore_index,
+            name="labels",
+            shifted=self.shift_labels,
+        )
+        rows = every_row(targets, self.config.ignore_index)
+        self._next_draw()
+        self._record(
+            selection_metrics(
+                step=self.step_count[...].reshape(1),
+                ratio=jnp.full((1,), ONE, jnp.int32),
+                tokens_selected=rows.n_selected,
+                eligible=eligible,
+                **_scored(scores),
+            )
+        )
+        logits_RV = rows.take(logits)
+        return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
+
+    def _token_loss_sum(
+        self,
+        inputs: dict[str, Any],
+        targets: Array,
+        eligible: Array,
+        rank: int | Array,
+        reference_nll: ArrayLike | None,
+    ) -> tuple[Array, SelectedRows]:
+        """``Σ w nll`` of the selected tokens, by the two passes of the token split."""
+        config, length = self.config, targets.shape[1]
+        located = _with_positions(inputs, targets.shape)
+        ids = located.pop("input_ids")
+        output, records = record_pass(self.model, ids, **located)
+        logits = checked_logits(logits_of(output))
+        if logits.ndim != 3:
+            raise ValueError(f"model must return logits of shape (B, S, V), got {logits.shape}.")
+        n_classes, shifted = logits.shape[2], self.shift_labels
+        targets = checked_targets(
+            targets,
+            logits.shape[:2],
+            n_classes,
+            config.ignore_index,
+            name="labels",
+            shifted=shifted,
+        )
+        scores = None
+        if self._scores():
+            if self.router is None and self.truncation is None:
+                scores = self._score_by(_Answer(logits), inputs, targets, reference_nll)
+            else:
+                scores = self._score(inputs, targets, reference_nll)
+        scored = _scored(scores)
+        step = self.step_count[...].reshape(1)
+        ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
+        zeros_BS = jnp.zeros_like(targets, dtype=jnp.float32)
+        selection = select_at_ratio(
+            zeros_BS if scores is None else scores.difficulty,
+            self._rule,
+            ratio,
+            draw=self._next_draw(),
+            rank=rank,
+            eligible=eligible,
+            capacity=self._slots(targets.shape, self._rule),
+        )
+        index_BC = selection.indices
+        n_selected = jnp.sum(selection.count, dtype=jnp.int32)
+        self._record(
+            selection_metrics(
+                step=step, ratio=ratio, tokens_selected=n_selected, eligible=eligible, **scored
+            )
+        )
+
+        def take(name: str, x: Any) -> Any:
+            return at_positions(name, x, index_BC, length)
+
+        ids, located = (
+            take("input_ids", ids),
+            {
+                name: map_parts(functools.partial(take, name), value)
+                for name, value in located.items()
+            },
+        )
+        with row_pass(self.model, records, index_BC):
+            logits = checked_logits(logits_of(self.model(ids, **located)))
+        if logits.shape != (*index_BC.shape, n_classes):
+            raise ValueError(
+                f"model must return logits of shape (B, C, V) for input_ids (B, C), got "
+                f"{logits.shape} for {index_BC.shape}."
+            )
+        target_BC = jnp.take_along_axis(targets, index_BC, axis=1, mode="clip")
+        target_BC = jnp.where(index_BC < length, target_BC, config.ignore_index)
+        rows = SelectedRows(
+            None,
+            target_BC.reshape(-1),
+            selection.weights.reshape(-1),
+            n_selected,
+            weighted=config.selection == "importance",
+        )
+        logits_RV = rows.take(logits)
+        return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
 
     def _take(self, x: Array, index_C: Array) -> Array:
         taken = jnp.take(x, index_C, axis=0, mode="clip")
@@ -286,6 +429,52 @@ class CGGRModel(RoutedModule):
             rows = rows._replace(weight_R=weight_R, weighted=True)
         logits_RV = rows.take(logits)
         return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
+
+
+class _Answer(nnx.Module):
+    """A router that has answered already."""
+
+    def __init__(self, logits: Array) -> None:
+        self.logits = nnx.Variable(logits)
+
+    def __call__(self, input_ids: Array, **model_inputs: Any) -> Array:
+        return self.logits[...]
+
+
+def _possible_split(split: str, model: nnx.Module, options: dict[str, Any]) -> str:
+    """The split that the model and the options allow; refused if another was asked for."""
+    if split == "sequence":
+        return split
+    missing = missing_for_rows(model)
+    if options.get("scope") == "batch":
+        missing = "scope='batch' ranks over the whole batch; it must be 'sequence', or left out"
+    if missing is None:
+        if split == "auto":
+            logger.info("split='auto': training on selected tokens (split='token').")
+        return "token"
+    if split == "token":
+        raise ValueError(f"split='token' cannot be had: {missing}.")
+    logger.info("split='auto': training on whole sequences (split='sequence'), since %s.", missing)
+    return "sequence"
+
+
+def _with_positions(inputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """The inputs with positions in all passes: what a model takes for none may differ."""
+    if inputs.get("positions") is not None:
+        return dict(inputs)
+    position_BS = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return inputs | {"positions": position_BS}
+
+
+def _scored(scores: Scores | None) -> dict[str, Array]:
+    """What there are averages of, each ``(B, S)``."""
+    if scores is None:
+        return {}
+    return {
+        "confidence": scores.statistics.confidence,
+        "entropy": scores.statistics.entropy,
+        "difficulty": scores.difficulty,
+    }
 
 
 def _checked_router(model: nnx.Module, router: Any) -> nnx.Module:

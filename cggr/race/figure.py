@@ -19,6 +19,8 @@ STYLES = {
     "dense": ("#444444", "s"),
     "random": ("#E69F00", "^"),
     "cggr": ("#0072B2", "o"),
+    "random-sequences": ("#CC79A7", "v"),
+    "cggr-sequences": ("#009E73", "D"),
 }
 
 

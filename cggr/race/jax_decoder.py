@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from cggr.jax import RowAttention
 from cggr.race.decoder import DecoderShape, Weights, check_weights
 
 Rotation = tuple[Array, Array]
@@ -27,6 +28,7 @@ class Attention(nnx.Module):
         self.k_proj = nnx.Linear(width, shape.kv_heads * size, use_bias=False, rngs=rngs)
         self.v_proj = nnx.Linear(width, shape.kv_heads * size, use_bias=False, rngs=rngs)
         self.o_proj = nnx.Linear(shape.heads * size, width, use_bias=False, rngs=rngs)
+        self.attend = RowAttention(jax.nn.dot_product_attention)
 
     def __call__(self, hidden_ND: Array, rotation: Rotation) -> Array:
         """From and to ``(N, D)``."""
@@ -37,7 +39,7 @@ class Attention(nnx.Module):
                 -1, length, projected.shape[1] // self.head_size, self.head_size
             )
 
-        attended_BSHW = jax.nn.dot_product_attention(
+        attended_BSHW = self.attend(
             _rotate(heads(self.q_proj(hidden_ND)), rotation),
             _rotate(heads(self.k_proj(hidden_ND)), rotation),
             heads(self.v_proj(hidden_ND)),

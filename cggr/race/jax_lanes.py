@@ -35,7 +35,7 @@ class JaxLane:
     as ``nnx.jit`` does, takes milliseconds of a step's time.
 
     Args:
-        name: ``dense``, ``random`` or ``cggr``.
+        name: Out of ``LANES``.
         model: The model, which is left as it is.
         settings: The race.
         heldout: Held-out token ids.
@@ -185,9 +185,11 @@ def _route(name: str, model: Decoder, settings: RaceSettings, seed: int) -> Deco
     """Wraps the model for a lane that selects; the dense lane trains it as it is."""
     if name == "dense":
         return model
-    # Random selection scores nothing, so the control pays for no router.
-    router = None if name == "random" else create_truncated_router(model, settings.router_layers)
-    return CGGRModel(model, router, settings.routing(name, seed), split="sequence")
+    split = settings.split(name)
+    # The token split scores with the pass that it makes anyway, and random selection nothing.
+    scores = split == "sequence" and not name.startswith("random")
+    router = create_truncated_router(model, settings.router_layers) if scores else None
+    return CGGRModel(model, router, settings.routing(name, seed), split=split)
 
 
 def make_lanes(

@@ -14,7 +14,9 @@ from cggr.spec import config as spec_config
 # Excess loss needs a reference model; "fixed_quota" is topk here, where no threshold is dynamic.
 SCORINGS = tuple(name for name in spec_config.SCORINGS if name != "excess_loss")
 SELECTIONS = tuple(name for name in spec_config.SELECTIONS if name != "fixed_quota")
-LANES = ("dense", "random", "cggr")
+# The backward pass of all tokens, of the tokens that a lane selects, or of whole sequences.
+LANES = ("dense", "random", "cggr", "random-sequences", "cggr-sequences")
+DEFAULT_LANES = LANES[:3]
 BACKENDS = ("torch", "jax")
 HEAD_SIZE = 32  # of the new model's attention
 
@@ -85,10 +87,10 @@ class RaceSettings:
 
     Args:
         lanes: Names out of ``LANES``.
-        scoring: Score of the cggr lane.
-        selection: Selection rule of the cggr lane.
+        scoring: Score of the cggr lanes.
+        selection: Selection rule of the cggr lanes.
         ratio: Fraction of each batch that the random and cggr lanes train on.
-        router_layers: Layers of the truncated router that scores.
+        router_layers: Layers of the truncated router that scores whole sequences.
         budget: Training per lane and seed, scoring included, evaluation not.
         eval_every: Training between two evaluations; a tenth of the budget if None.
         seeds: Number of repetitions, with seeds 0, 1, ...
@@ -108,7 +110,7 @@ class RaceSettings:
     """
 
     budget: Budget
-    lanes: tuple[str, ...] = LANES
+    lanes: tuple[str, ...] = DEFAULT_LANES
     scoring: str = "combined"
     selection: str = "importance"
     ratio: float = 0.25
@@ -175,11 +177,16 @@ class RaceSettings:
             return self.learning_rate
         return 6e-3 if self.model is None else 5e-5
 
+    @staticmethod
+    def split(lane: str) -> Literal["token", "sequence"]:
+        """What a lane that selects keeps of a batch."""
+        return "sequence" if lane.endswith("-sequences") else "token"
+
     def routing(self, lane: str, seed: int) -> RoutingConfig:
         """The options of a lane that selects."""
         return RoutingConfig(
             scoring=self.scoring,
-            selection="random" if lane == "random" else self.selection,
+            selection="random" if lane.startswith("random") else self.selection,
             min_tokens_ratio=self.ratio,
             warmup_steps=0,
             dynamic_threshold=False,

@@ -18,13 +18,14 @@ from cggr.race.pretrained import check_fit
 from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.tokens import IGNORED, Corpus, Tokens, evaluation_batches
 from cggr.torch import CGGRModel, create_truncated_router
+from cggr.torch.token_split import refusal
 
 
 class TorchLane:
     """A model, its optimizer, and its way from a batch to a loss.
 
     Args:
-        name: ``dense``, ``random`` or ``cggr``.
+        name: Out of ``LANES``.
         model: A causal language model, which the lane trains in place.
         settings: The race.
         heldout: Held-out token ids.
@@ -129,9 +130,13 @@ def _route(
     """Wraps the model for a lane that selects; None for the dense lane."""
     if name == "dense":
         return None
-    # Random selection scores nothing, so the control pays for no router.
-    router = None if name == "random" else create_truncated_router(model, settings.router_layers)
-    return CGGRModel(model, router, settings.routing(name, seed), split="sequence")
+    split = settings.split(name)
+    if split == "token" and (reason := refusal(model)) is not None:
+        raise RaceError(f"--lanes {name}: {reason} {name}-sequences can race")
+    # The token split scores with the pass that it makes anyway, and random selection nothing.
+    scores = split == "sequence" and not name.startswith("random")
+    router = create_truncated_router(model, settings.router_layers) if scores else None
+    return CGGRModel(model, router, settings.routing(name, seed), split=split)
 
 
 def make_lanes(

@@ -162,6 +162,11 @@ class RoutingConfig:
         """
         return self.capacity_at(self.capacity_ratio(step), batch, length)
 
+    @property
+    def selects_all(self) -> bool:
+        """Whether `min_tokens_ratio` is 1: every eligible token is selected at every step."""
+        return schedule.base_ratio(self, 2**31 - 1) == schedule.ONE
+
     def capacity_at(self, capacity_ratio: int, batch: int, length: int) -> int:
         """:meth:`capacity` for a given :meth:`capacity_ratio`."""
         groups, size = (1, batch * length) if self.scope == "batch" else (batch, length)

@@ -248,7 +248,7 @@ class CGGRModel(nn.Module):
         """``Σ w nll`` over the tokens to train on."""
         scorer, config, rule = self.scorer, self.config, self._rule
         recorded, synchronise = None, scorer.capacity == "exact"
-        if scorer.selects_all:  # one dense pass does
+        if config.selects_all:  # one dense pass does
             hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
         else:
             recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
