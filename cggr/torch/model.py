@@ -1,6 +1,7 @@
 """A model wrapper whose training step runs the backward pass on what is worth learning from.
 
-Shapes: ``B`` sequences of ``S`` tokens, ``C`` sequences kept, ``V`` classes.
+Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes; ``C`` sequences kept, or slots of each
+sequence for the tokens kept.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ logger = logging.getLogger(__name__)
 class CGGRModel(nn.Module):
     """Train a model on the part of every batch that is worth it.
 
+    ``split="token"``: a first pass over everything, without gradient, records every layer's keys
+    and values; the configured rule selects tokens inside each sequence, by the model's own loss or
+    a router's; a second pass runs those alone, forward and backward, and attends to all. A selected
+    token's loss is its dense loss; what unselected tokens offer to attention is constant in the
+    gradient. For transformers' language models: :mod:`cggr.torch.token_split`.
+
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
-    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those.
-    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss;
-    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole.
+    ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
+    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole. For any model.
+
+    With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
     Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
     selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
@@ -51,9 +59,11 @@ class CGGRModel(nn.Module):
     Args:
         model: ``(input_ids, ...) -> logits`` (a tensor, or an output with ``.logits``).
         router: What scores, such as ``create_truncated_router(model)``; the model itself when
-            None, at the price of a full forward.
-        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
-        split: ``"sequence"``, or ``"auto"`` for the best that the model supports.
+            None, which the token split runs anyway, and the sequence split at the price of a full
+            forward.
+        config: The routing options; or give the fields of :class:`RoutingConfig` as keywords. The
+            scope is ``"sequence"`` with the token split, whatever a config says.
+        split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
         capacity: ``"exact"`` or ``"static"``; see :class:`~cggr.torch.routing.RoutedModule`.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models), ``"auto"`` to tell by the model's class.
@@ -169,9 +179,9 @@ class CGGRModel(nn.Module):
                 reference loss of the target that the position predicts.
             num_items_in_batch: Eligible tokens M of all micro-batches of this optimizer step: the
                 loss becomes ``mean n_eligible / M``.
-            **model_inputs: Passed to router and model. Tensors whose first dimension is B, alone
-                or in a dict, list or tuple, are taken to belong to the sequences and follow the
-                selection.
+            **model_inputs: Passed to router and model. Sequence split: tensors whose first
+                dimension is B, alone or in a dict, list or tuple, are taken to belong to the
+                sequences and follow the selection. Token split: no other tensors are taken.
 
         Returns:
             Scalar loss, float32 (float64 for float64 logits); a zero connected to the graph when
