@@ -30,6 +30,7 @@ from cggr.bench import (
     timing,
 )
 from cggr.bench import main as bench
+from cggr.bench.step import StepCase
 from cggr.bench.timing import Contestant, Failure, Timing, measure, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
             "bench linear",
             (
                 "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
-                "'linear_loss', 'linear_statistics', 'jax_statistics'."
+                "'linear_loss', 'linear_statistics', 'step', 'jax_statistics'."
             ),
         ),
         (
@@ -399,8 +400,9 @@ def test_the_kernels_of_050_come_from_their_folder(tmp_path):
 ON_CPU = """
 import functools, importlib, json, sys
 import torch
-from cggr.bench import linear, statistics, timing
+from cggr.bench import linear, statistics, step, timing
 from cggr.bench.settings import BenchSettings, Case
+from cggr.bench.step import StepCase
 
 timing.cuda_clock, timing.WARM_UP_CALLS = lambda call, calls: 1.0, 1
 torch.cuda.synchronize = lambda: None
@@ -408,7 +410,9 @@ sys.modules["liger_kernel"] = sys.modules["cut_cross_entropy"] = None  # not on 
 torch.nn.Module.cuda = lambda module: module
 statistics.make_logits = functools.partial(statistics.make_logits, device="cpu")
 linear.make_head = functools.partial(linear.make_head, device="cpu")
-linear.peak_memory = lambda call: (1 << 20, call())
+linear.peak_memory = step.peak_memory = lambda call: (1 << 20, call())
+step.make_model = functools.partial(step.make_model, device="cpu")
+step.captured = lambda call, model: call
 module = importlib.import_module(f"cggr.bench.{sys.argv[1]}")
 rows = module.run(eval(sys.argv[2]), BenchSettings(quick=True), lambda text: None)
 json.dump(rows, sys.stdout)
@@ -478,6 +482,22 @@ def test_both_ways_of_a_linear_heads_statistics_are_forced():
     # Either way rounds logits to float16: by 2^-9 at most, of up to 13.
     for row in rows.values():
         assert 5e-5 < max(row["errors"].values()) < 1e-2
+
+
+def test_all_steps_are_of_one_model():
+    case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
+    assert case.title == "tiny, 2 x 12 float32"
+    rows = measured_on_cpu("step", case)
+    for name in ("dense, Liger", "dense, compiled, Liger"):
+        assert rows[name]["error"].startswith("ModuleNotFoundError: ")
+    assert rows["cggr 0.5.0, ratio 0.25"]["error"].startswith("ImportError: give the folder")
+    dense = rows["dense"]["loss"]
+    for name, row in rows.items():
+        if "error" not in row:
+            assert row["loss"] == pytest.approx(dense, rel=0.05), name  # of random weights
+            assert row["to_dense"] == 1.0
+            weights = 4 * (96 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 64) + 32)
+            assert name.endswith("graph") or row["peak_bytes"] == weights + 2**20
 
 
 def test_values_differ_if_their_bits_do():

@@ -10,6 +10,7 @@ BENCHMARKS = {
     "statistics": "of logits, against a loop that reads, PyTorch, cggr 0.5.0",
     "linear_loss": "CGGRLinearLoss, with gradients, against dense losses",
     "linear_statistics": "of a linear head, fused against chunked",
+    "step": "CGGRModel's whole step, time and memory, against dense steps",
     "jax_statistics": "of logits, from JAX against from PyTorch",
 }
 
