@@ -449,7 +449,7 @@ def test_200_steps_learn_compile_once_send_nothing_and_leave_nothing(make, compi
         if i >= 100:
             live.append(live_bytes())
     assert set(np.flatnonzero(compiled)) <= {0}
-    assert len(set(live)) == 1
+    assert max(live) == live[0]  # what earlier tests left may go meanwhile
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 1
     routed.eval()
     assert routed(batches[0], labels=batches[0]) < losses[0] - 1
