@@ -824,6 +824,10 @@ def windowed(query, key, value, mask=None, window=3):
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
+def named(query, key, value, mask=None, mask_type="causal"):
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
 def test_attention_that_cannot_be_asked_for_other_queries_is_refused():
     with pytest.raises(ValueError, match=r"attention_fn must take mask=.* hidden_causal"):
         RowAttention(hidden_causal)
@@ -847,6 +851,9 @@ def test_attention_that_cannot_be_asked_for_other_queries_is_refused():
 
     routed = CGGRModel(Bound(windowed), split="token", selection="topk", **FIXED)
     with pytest.raises(ValueError, match="cannot tell whether window=3 of the attention function"):
+        routed(ids, labels=labels)
+    routed = CGGRModel(Bound(named), split="token", selection="topk", **FIXED)
+    with pytest.raises(ValueError, match="cannot tell whether mask_type='causal' of the attention"):
         routed(ids, labels=labels)
     # Bound arguments that it knows are understood.
     causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import truth
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -426,7 +427,7 @@ def test_gradient_checkpointing(name, reentrant, selections):
 def _flags(model):
     """The state of checkpointing that a step must leave as it was."""
     layers = [m for m in model.modules() if hasattr(type(m), "_can_checkpoint_with_cache")]
-    assert not any(m._can_checkpoint_with_cache for m in layers)
+    assert not any("_can_checkpoint_with_cache" in vars(m) for m in layers)
     return {m.gradient_checkpointing for m in layers}
 
 
@@ -585,6 +586,19 @@ class Plain(nn.Module):
         return input_ids
 
 
+class ScaledForCausalLM(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+def _replaced(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
 REFUSALS = {
     "mamba": (lambda: models.build("mamba"), "MambaForCausalLM is a mamba model: its layers scan"),
     "alibi": (lambda: _with("falcon", alibi=True), "FalconForCausalLM has alibi=True: ALiBi"),
@@ -607,6 +621,22 @@ REFUSALS = {
     "cross-attention": (
         lambda: _with("gpt2", add_cross_attention=True),
         "GPT2LMHeadModel has add_cross_attention=True",
+    ),
+    "no causality": (
+        lambda: _with("llama", is_causal=False),
+        "LlamaForCausalLM has is_causal=False",
+    ),
+    "replaced forward": (
+        lambda: _replaced(models.build("llama")),
+        "LlamaForCausalLM.forward was replaced on this model",
+    ),
+    "own forward": (
+        lambda: ScaledForCausalLM(models.build("llama").config),
+        "ScaledForCausalLM has a forward of its own",
+    ),
+    "data parallel": (
+        lambda: nn.DataParallel(models.build("llama")),
+        "DataParallel would not see the passes of the model inside it",
     ),
     "unknown": (Plain, "Plain is not of a kind known to run on selected positions"),
 }
@@ -662,15 +692,15 @@ def test_an_attention_changed_later_is_refused_at_the_step():
         (
             {"attention_mask": torch.ones(2, 3, 8)},
             (
-                "attention_mask must have shape (B, S) or (B, 1, S, S) with split='token', here "
-                "B = 2 and S = 8, got (2, 3, 8)."
+                "attention_mask must have shape (B, S), or four dimensions (B or 1, H or 1, S, S) "
+                "with split='token', where the labels make B = 2 and S = 8, got (2, 3, 8)."
             ),
         ),
         (
             {"position_ids": torch.zeros(3, 2, 8, dtype=torch.long)},
             (
-                "position_ids must have shape (B, S) or (1, S) with split='token', here B = 2 and "
-                "S = 8, got (3, 2, 8)."
+                "position_ids must have shape (B, S) or (1, S) with split='token', where the "
+                "labels make B = 2 and S = 8, got (3, 2, 8)."
             ),
         ),
         (
@@ -681,8 +711,15 @@ def test_an_attention_changed_later_is_refused_at_the_step():
                 "token_type_ids; split='sequence' takes it."
             ),
         ),
+        (
+            {"attention_mask": {"full_attention": torch.ones(2, 1, 8, 8)}},
+            (
+                "attention_mask must be a tensor with split='token', got dict; split='sequence' "
+                "takes it."
+            ),
+        ),
     ],
-    ids=["mask", "positions", "else"],
+    ids=["mask", "positions", "else", "dict"],
 )
 def test_inputs_that_do_not_fit(inputs, message):
     wrapped = CGGRModel(build("llama"), **OFF)
@@ -761,6 +798,125 @@ def test_learned_positions_before_the_sequence_are_refused():
     adapted = peft.get_peft_model(models.build("llama"), config)
     with pytest.raises(ValueError, match="puts learned positions before the sequence"):
         CGGRModel(adapted)
+
+
+@of_peft
+def test_what_peft_does_itself_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    adapted = peft.get_peft_model(models.build("llama"), config)
+    for model in (adapted, nn.DataParallel(adapted)):
+        with pytest.raises(ValueError, match=r"alora_invocation_tokens|DataParallel"):
+            CGGRModel(model)
+    wrapped = CGGRModel(lora(models.build("llama"), target_modules=["q_proj"]), **OFF)
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match=r"^adapter_names cannot be given with split='token'"):
+        wrapped(ids, labels=ids, adapter_names=["default", "default"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"past_key_values": object()}, "past_key_values cannot be given with split='token'"),
+        ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split='token'"),
+    ],
+    ids=["cache", "logits"],
+)
+def test_inputs_that_the_passes_would_drop(inputs, message):
+    wrapped = CGGRModel(build("llama"), **OFF)
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        wrapped(ids, labels=ids, **inputs)
+
+
+def test_neither_ids_nor_embeddings():
+    with pytest.raises(ValueError, match=r"^input_ids or inputs_embeds must be given, got neither"):
+        CGGRModel(build("llama"), **OFF)(labels=models.token_ids(2, 8))
+
+
+def test_a_wrong_label_is_named_where_nothing_is_scored():
+    wrapped = CGGRModel(build("llama"), selection="random", **OFF)
+    ids = models.token_ids(2, 8)
+    labels = ids.clone()
+    labels[1, 3] = 999
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 67\) .*, got 999 at position"):
+        wrapped(ids, labels=labels)
+
+
+def test_a_model_that_is_replaced():
+    wrapped = CGGRModel(build("llama"), min_tokens_ratio=0.4, **OFF)
+    wrapped.model = build("llama", seed=1)
+    ids = models.token_ids(2, 8)
+    wrapped(ids, labels=ids).backward()
+    assert all(p.grad is not None for p in wrapped.model.parameters())
+
+
+def test_a_model_compiled_in_place_is_run_compiled(monkeypatch):
+    model = build("llama")
+    model.compile(backend="eager")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    wrapped = CGGRModel(model, min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(2, 8)
+    wrapped(ids, labels=ids)
+    assert compiled == [model.model]
+
+
+@pytest.mark.parametrize("name", ["falcon", "bert"])
+def test_models_that_do_not_separate_packed_sequences_do_not_here(name, selections):
+    if name == "falcon":
+        model = build(name)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=models.VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            is_decoder=True,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        model = transformers.BertLMHeadModel(config).train()
+    ids = models.token_ids(2, 12)
+    positions = (torch.arange(12) % 6).expand(2, 12)
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    loss = wrapped(ids, labels=ids, position_ids=positions)
+    with torch.no_grad():  # without a cache, as its users train it
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        nll = token_losses(model, shifted("llama", ids), **inputs)
+    assert loss.item() == pytest.approx(nll[selections[0].mask].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox"]
+)
+def test_packed_losses_are_those_of_transformers(name, selections):
+    model = build(name)
+    ids = models.token_ids(2, 12)
+    positions = (torch.arange(12) % 6).expand(2, 12)
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    loss = wrapped(ids, labels=ids, position_ids=positions)
+    with torch.no_grad():
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        nll = token_losses(model, shifted("llama", ids), **inputs)
+    assert loss.item() == pytest.approx(nll[selections[0].mask].mean().item(), rel=1e-5)
+
+
+def test_heads_that_share_their_values():
+    config = transformers.FalconConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=1,
+        new_decoder_architecture=True,
+        alibi=False,
+    )
+    model = transformers.FalconForCausalLM(config).train()
+    wrapped = CGGRModel(model, min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(2, 8)
+    wrapped(ids, labels=ids).backward()
 
 
 @pytest.mark.slow

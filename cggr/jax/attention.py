@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -373,7 +374,7 @@ def _sees(index_BC: Array, length: int, options: dict[str, Any]) -> Array | None
     window = options.get("local_window_size")
     if window is not None:
         options["local_window_size"] = None
-        before, after = (window, window) if isinstance(window, int) else window
+        before, after = (window, window) if isinstance(window, numbers.Integral) else window
         masks.append((position_S >= index - before) & (position_S <= index + after))
     return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
@@ -382,7 +383,7 @@ def _check_options(function: Callable[..., Any], options: dict[str, Any]) -> Non
     for name, value in options.items():
         if name in _PLACELESS or name in _QUERY_SIDE or value is None or value is False:
             continue
-        if not isinstance(value, (float, str)):
+        if not isinstance(value, float):  # such as a soft-cap
             raise ValueError(
                 f"split='token' cannot tell whether {name}={value!r} of the attention function "
                 f"{getattr(function, '__name__', function)} depends on where the queries stand: "

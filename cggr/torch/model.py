@@ -45,7 +45,8 @@ class CGGRModel(nn.Module):
     and values; the configured rule selects tokens inside each sequence, by the model's own loss or
     a router's; a second pass runs those alone, forward and backward, and attends to all. A selected
     token's loss is its dense loss; what unselected tokens offer to attention is constant in the
-    gradient. For transformers' language models: :mod:`cggr.torch.token_split`.
+    gradient. Dropout, where a model has it, is drawn anew in each pass. For transformers' language
+    models: :mod:`cggr.torch.token_split`.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
@@ -210,10 +211,8 @@ class CGGRModel(nn.Module):
         eligible = targets != self.config.ignore_index
         if not self.training:
             total, rows = self._dense_sum(model_inputs, targets)
-        elif self._token_split is not None:
-            total, rows = self._token_sum(
-                self._token_split, model_inputs, targets, eligible, reference_nll
-            )
+        elif (split := self._current_split()) is not None:
+            total, rows = self._token_sum(split, model_inputs, targets, eligible, reference_nll)
         else:
             kept_inputs, kept_targets, weight_C = self._select_sequences(
                 model_inputs, targets, eligible, reference_nll
@@ -225,12 +224,17 @@ class CGGRModel(nn.Module):
         self, model_inputs: dict[str, Any], targets: Tensor
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ nll`` over all tokens."""
-        if self._token_split is None:
+        if (split := self._current_split()) is None:
             return self._loss_sum(model_inputs, targets, None)
-        hidden = self._token_split.hidden(
-            model_inputs, targets.shape, synchronise=self.scorer.capacity == "exact"
-        )
-        return self._every_token_sum(self._token_split, hidden, targets)
+        synchronise = self.scorer.capacity == "exact"
+        hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
+        return self._every_token_sum(split, hidden, targets)
+
+    def _current_split(self) -> TokenSplit | None:
+        """The token split of the model as it is now; None for that of sequences."""
+        if self._token_split is not None and self._token_split.model is not self.model:
+            self._token_split = TokenSplit(self.model)  # it was replaced
+        return self._token_split
 
     def _every_token_sum(
         self, split: TokenSplit, hidden: Tensor, targets: Tensor
@@ -263,6 +267,14 @@ class CGGRModel(nn.Module):
         else:
             recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
             hidden = recorded.hidden_BSD
+        targets = checked_targets(
+            targets,
+            hidden.shape[:-1],
+            split.router.n_classes,
+            config.ignore_index,
+            name="labels",
+            shifted=scorer.shifts_labels(),
+        )
         difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
         scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)

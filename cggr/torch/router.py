@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -43,7 +44,7 @@ LAYOUTS = {
 }
 # fmt: on
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class TruncatedRouter(nn.Module):
@@ -208,17 +209,24 @@ def own_router(model: nn.Module) -> TruncatedRouter:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's model behind a router, torch.compile, data parallelism or peft."""
+    *_, model = wrappings(module)
+    return model
+
+
+def wrappings(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, what it wraps, what that wraps, and so on to the user's model."""
     while True:
+        yield module
         if isinstance(module, TruncatedRouter):
             module = module.source
-        elif isinstance(module, _PARALLEL):
+        elif isinstance(module, PARALLEL):
             module = module.module
         elif isinstance(getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
             module = cast(nn.Module, module._orig_mod)
         elif (base := _base_model(module)) is not None:
             module = base
         else:
-            return module
+            return
 
 
 def _base_model(module: nn.Module) -> nn.Module | None:

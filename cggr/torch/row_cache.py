@@ -96,7 +96,10 @@ class _RowLayer(_NoLayer):
 
 
 def _on_its_own(x: Tensor) -> Tensor:
-    """A copy of what would keep larger memory alive, such as that of queries, keys and values."""
+    """A copy of what would keep larger memory alive, such as that of queries, keys and values.
+
+    And of what has less memory than elements, such as heads that share theirs.
+    """
     if torch.compiler.is_compiling():  # the compiler decides what stays in memory
         return x
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+    return x.clone() if x.untyped_storage().nbytes() != x.nbytes else x

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import autocast_dtype, in_autocast_dtype
 from cggr.torch.router import (
+    PARALLEL,
     call_model,
     detect_architecture,
     own_router,
     unwrapped,
+    wrappings,
 )
 from cggr.torch.selected import SelectedRows
 
@@ -47,12 +49,16 @@ REFUSED = {
 _MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text", "qwen2", "qwen3")
 _WINDOW_IN_EVERY_LAYER = ("mistral", "phi3")
 _BIDIRECTIONAL = ("bert", "roberta")
+# In transformers, packed sequences see each other in these.
+_NEVER_PACKED = ("falcon", *_BIDIRECTIONAL)
+# Where a class may have its forward from: theirs, and Liger's, which computes the same.
+_KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
 _SHAPES = {
     "input_ids": "(B, S)",
     "inputs_embeds": "(B, S, D)",
-    "attention_mask": "(B, S) or (B, 1, S, S)",
+    "attention_mask": "(B, S), or four dimensions (B or 1, H or 1, S, S)",
     "position_ids": "(B, S) or (1, S)",
-    "token_type_ids": "(B, S)",
+    "token_type_ids": "(B, S) or (1, S)",
 }
 
 
@@ -61,6 +67,20 @@ def refusal(model: nn.Module) -> str | None:
     inner = unwrapped(model)
     config, name = getattr(inner, "config", None), type(inner).__name__
     model_type = getattr(config, "model_type", None)
+    for wrapping in wrappings(model):
+        if isinstance(wrapping, PARALLEL):
+            return (
+                f"{type(wrapping).__name__} would not see the passes of the model inside it: wrap "
+                f"the CGGRModel itself."
+            )
+        for adapter in getattr(wrapping, "peft_config", {}).values():
+            if getattr(adapter, "is_prompt_learning", False):
+                return f"{type(wrapping).__name__} puts learned positions before the sequence."
+            if getattr(adapter, "alora_invocation_tokens", None) is not None:
+                return (
+                    f"{type(wrapping).__name__} looks for invocation tokens in a whole sequence "
+                    f"(alora_invocation_tokens)."
+                )
     if model_type in REFUSED:
         return f"{name} is a {model_type} model: {REFUSED[model_type]}."
     if detect_architecture(inner) == "passthrough":
@@ -69,6 +89,13 @@ def refusal(model: nn.Module) -> str | None:
             f"masked language models of type llama, mistral, qwen2, qwen3, gemma2, gemma3_text, "
             f"phi3, cohere, granite, gpt2, gptj, falcon, gpt_neox, bert, roberta."
         )
+    if "forward" in vars(inner):
+        return (
+            f"{name}.forward was replaced on this model, and its parts are run without it: give "
+            f"accelerate.prepare() the CGGRModel."
+        )
+    if not type(inner).forward.__module__.startswith(_KNOWN_FORWARDS):
+        return f"{name} has a forward of its own, and its parts are run without it."
     if getattr(config, "alibi", False):
         return f"{name} has alibi=True: {_ALIBI}."
     if rope := _dynamic_rope(config):
@@ -76,6 +103,8 @@ def refusal(model: nn.Module) -> str | None:
             f"{name} has {rope} rotary positions, whose frequencies depend on the longest "
             f"position of a pass."
         )
+    if model_type not in _BIDIRECTIONAL and not getattr(config, "is_causal", True):
+        return f"{name} has is_causal=False, whose masks are of another kind."
     if getattr(config, "use_bidirectional_attention", False):
         return f"{name} has use_bidirectional_attention=True, whose window is of another kind."
     if getattr(config, "add_cross_attention", False):
@@ -86,9 +115,6 @@ def refusal(model: nn.Module) -> str | None:
             f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
             f"call model.set_attn_implementation('sdpa')."
         )
-    peft = getattr(model, "active_peft_config", None)
-    if getattr(peft, "is_prompt_learning", False):
-        return f"{type(model).__name__} puts learned positions before the sequence."
     return None
 
 
@@ -135,7 +161,7 @@ class TokenSplit:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = (model,)  # not registered here
+        self.model = model
         self._check()
         self.router = own_router(model)
         self._compile = _compiler_of(model)
@@ -248,7 +274,7 @@ class TokenSplit:
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None:
             return (mask.bool() if mask.dim() == 2 else None), None
-        if positions is None or not self._causal:
+        if positions is None or self._source.config.model_type in _NEVER_PACKED:
             return None, None
         segment_BS = _segments(positions.expand(shape))
         if synchronise and not segment_BS[:, -1].any():
@@ -277,7 +303,7 @@ class TokenSplit:
         return self._source.config._attn_implementation != "sdpa"
 
     def _check(self) -> None:
-        if (reason := refusal(self._model[0])) is not None:
+        if (reason := refusal(self.model)) is not None:
             raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
 
     def _base(self, inputs: dict[str, Any]) -> Tensor:
@@ -360,6 +386,11 @@ class TokenSplit:
         """With gradient checkpointing, leaves the layers their cache: a replay finds the same."""
         modules = self._checkpointed()
         layers = [module for module in modules if _is_layer(module)]
+        if modules and not layers:
+            raise ValueError(
+                "gradient checkpointing with split='token' needs a transformers whose checkpointed "
+                "layers can keep a cache (5.17 does): upgrade it, or disable checkpointing."
+            )
         # GPT-2 itself would withhold it.
         others = [module for module in modules if not _is_layer(module)]
         with (
@@ -380,14 +411,17 @@ def _is_layer(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def _attribute(name: str, value: Any, modules: list[nn.Module]) -> Iterator[None]:
     """Modules whose attribute has another value meanwhile."""
-    before = [getattr(module, name) for module in modules]
+    before = [vars(module).get(name) for module in modules]  # None where a class has it
     try:
         for module in modules:
             setattr(module, name, value)
         yield
     finally:
         for module, old in zip(modules, before, strict=True):
-            setattr(module, name, old)
+            if old is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, old)
 
 
 def _mask(
@@ -426,6 +460,13 @@ def _split_inputs(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Inputs that follow the positions, and settings."""
     given = {name: value for name, value in model_inputs.items() if value is not None}
+    for name in ("past_key_values", "logits_to_keep", "adapter_names"):
+        if name in given:
+            raise ValueError(
+                f"{name} cannot be given with split='token'; split='sequence' takes it."
+            )
+    if not given.keys() & {"input_ids", "inputs_embeds"}:
+        raise ValueError("input_ids or inputs_embeds must be given, got neither.")
     inputs = {name: given.pop(name) for name in _SHAPES if name in given}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.dim():
@@ -435,17 +476,22 @@ def _split_inputs(
             )
     batch, length = shape
     for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor with split='token', got {type(value).__name__}; "
+                f"split='sequence' takes it."
+            )
         n_dims = 3 if name == "inputs_embeds" else 2
         if name == "attention_mask" and value.dim() == 4:  # the model's own, already made
             fits = value.shape[0] in (1, batch) and value.shape[2:] == (length, length)
-        elif name == "position_ids":
+        elif name in ("position_ids", "token_type_ids"):
             fits = value.shape in ((batch, length), (1, length))
         else:
             fits = value.dim() == n_dims and value.shape[:2] == shape
         if not fits:
             raise ValueError(
-                f"{name} must have shape {_SHAPES[name]} with split='token', here B = {batch} and "
-                f"S = {length}, got {tuple(value.shape)}."
+                f"{name} must have shape {_SHAPES[name]} with split='token', where the labels make "
+                f"B = {batch} and S = {length}, got {tuple(value.shape)}."
             )
     return inputs, given
 
@@ -456,6 +502,7 @@ def _any_of(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _take(x: Tensor, index_BC: Tensor) -> Tensor:
+    x = x.expand(index_BC.shape[0], *x.shape[1:])
     if x.dim() == 2:
         return x.gather(1, index_BC)
     return x.gather(1, index_BC[:, :, None].expand(-1, -1, x.shape[2]))
@@ -474,6 +521,7 @@ def _dynamic_rope(config: Any) -> str | None:
 
 def _compiler_of(model: nn.Module) -> Callable[[nn.Module], Any] | None:
     """What compiled the model, to compile its part without head alike."""
-    if not isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return None
-    return cast(Callable[[nn.Module], Any], getattr(model, "dynamo_ctx", torch.compile))
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return cast(Callable[[nn.Module], Any], getattr(model, "dynamo_ctx", torch.compile))
+    in_place = getattr(model, "_compiled_call_impl", None)  # model.compile()
+    return None if in_place is None else torch.compile
