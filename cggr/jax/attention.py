@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -374,7 +373,8 @@ def _sees(index_BC: Array, length: int, options: dict[str, Any]) -> Array | None
     window = options.get("local_window_size")
     if window is not None:
         options["local_window_size"] = None
-        before, after = (window, window) if isinstance(window, numbers.Integral) else window
+        pair = isinstance(window, (tuple, list))
+        before, after = window if pair else (int(window), int(window))
         masks.append((position_S >= index - before) & (position_S <= index + after))
     return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
