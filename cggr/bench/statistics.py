@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,24 @@ def _eager() -> Iterator[None]:
             os.environ["CGGR_IMPLEMENTATION"] = before
 
 
-def load_050(folder: Path | None) -> Any:
-    """The kernels of cggr 0.5.0, whose package is named like ours.
+def load_050(folder: Path | None, name: str = "triton_kernels") -> Any:
+    """A module of cggr 0.5.0, whose package is named like ours; its kernels unless named.
 
     Raises:
         ImportError: There is no such folder, or its module cannot be imported.
     """
     if folder is None:
         raise ImportError("give the folder of its modules with --cggr-050")
-    spec = importlib.util.spec_from_file_location("cggr_050", folder / "triton_kernels.py")
+    path = folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location("cggr_050", path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{folder / 'triton_kernels.py'} is not a Python module")
+        raise ImportError(f"{path} is not a Python module")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(folder))  # for what it imports from beside itself
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
     return module
 
 

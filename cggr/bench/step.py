@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from cggr.bench.linear import peak_memory
 from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings, Case
+from cggr.bench.statistics import load_050
 from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of
 from cggr.torch import CGGRModel
 
@@ -119,17 +118,7 @@ def _cggr(split: str, ratio: float, compiled: bool, model: Any, ids: Tensor) -> 
 
 
 def _cggr_050(folder: Path | None, model: Any, ids: Tensor) -> Step:
-    if folder is None:
-        raise ImportError("give the folder of its modules with --cggr-050")
-    spec = importlib.util.spec_from_file_location("cggr_050_model", folder / "cggr.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{folder / 'cggr.py'} is not a Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))  # for what it imports from beside itself
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
+    module = load_050(folder, "cggr")
     router = module.create_truncated_router(model, num_layers=2)
     wrapped = module.CGGRModel(model, router=router, min_tokens_ratio=0.25, warmup_steps=0)
     wrapped = wrapped.to(ids.device)

@@ -228,6 +228,7 @@ class CGGRModel(nn.Module):
             return self._loss_sum(model_inputs, targets, None)
         synchronise = self.scorer.capacity == "exact"
         hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
+        targets = self._checked(split, hidden, targets)
         return self._every_token_sum(split, hidden, targets)
 
     def _current_split(self) -> TokenSplit | None:
@@ -236,19 +237,21 @@ class CGGRModel(nn.Module):
             self._token_split = TokenSplit(self.model)  # it was replaced
         return self._token_split
 
-    def _every_token_sum(
-        self, split: TokenSplit, hidden: Tensor, targets: Tensor
-    ) -> tuple[Tensor, SelectedRows]:
-        n_classes, ignore_index = split.router.n_classes, self.config.ignore_index
-        targets = checked_targets(
+    def _checked(self, split: TokenSplit, hidden: Tensor, targets: Tensor) -> Tensor:
+        return checked_targets(
             targets,
             hidden.shape[:-1],
-            n_classes,
-            ignore_index,
+            split.router.n_classes,
+            self.config.ignore_index,
             name="labels",
             shifted=self.scorer.shifts_labels(),
         )
-        rows = every_row(targets, n_classes, ignore_index)
+
+    def _every_token_sum(
+        self, split: TokenSplit, hidden: Tensor, targets: Tensor
+    ) -> tuple[Tensor, SelectedRows]:
+        ignore_index = self.config.ignore_index
+        rows = every_row(targets, split.router.n_classes, ignore_index)
         return split.loss_sum(hidden, rows, ignore_index), rows
 
     def _token_sum(
@@ -267,14 +270,7 @@ class CGGRModel(nn.Module):
         else:
             recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
             hidden = recorded.hidden_BSD
-        targets = checked_targets(
-            targets,
-            hidden.shape[:-1],
-            split.router.n_classes,
-            config.ignore_index,
-            name="labels",
-            shifted=scorer.shifts_labels(),
-        )
+        targets = self._checked(split, hidden, targets)
         difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
         scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
