@@ -22,6 +22,7 @@ from cggr.cli import main
 pytest.importorskip("triton", reason="Triton is not installed: it has no wheels for this machine")
 
 from cggr.bench import (
+    batch,
     jax_statistics,
     linear,
     linear_loss,
@@ -65,7 +66,7 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
             "bench linear",
             (
                 "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
-                "'linear_loss', 'linear_statistics', 'step', 'jax_statistics'."
+                "'linear_loss', 'linear_statistics', 'step', 'batch', 'jax_statistics'."
             ),
         ),
         (
@@ -398,9 +399,9 @@ def test_the_kernels_of_050_come_from_their_folder(tmp_path):
 
 
 ON_CPU = """
-import functools, importlib, json, sys
+import contextlib, functools, importlib, json, sys
 import torch
-from cggr.bench import linear, statistics, step, timing
+from cggr.bench import batch, linear, statistics, step, timing
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.step import StepCase
 
@@ -413,6 +414,9 @@ linear.make_head = functools.partial(linear.make_head, device="cpu")
 linear.peak_memory = step.peak_memory = lambda call: (1 << 20, call())
 step.make_model = functools.partial(step.make_model, device="cpu")
 step.captured = lambda call, model: call
+batch.limited_memory = lambda n_bytes: contextlib.nullcontext()
+batch.make_model, fits = step.make_model, batch.step_fits
+batch.step_fits = lambda make, model, ids: len(ids) <= 5 and fits(make, model, ids)
 module = importlib.import_module(f"cggr.bench.{sys.argv[1]}")
 rows = module.run(eval(sys.argv[2]), BenchSettings(quick=True), lambda text: None)
 json.dump(rows, sys.stdout)
@@ -498,6 +502,39 @@ def test_all_steps_are_of_one_model():
             assert row["to_dense"] == 1.0
             weights = 4 * (96 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 64) + 32)
             assert name.endswith("graph") or row["peak_bytes"] == weights + 2**20
+
+
+def test_batches_are_those_of_every_eager_step():
+    case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
+    rows = measured_on_cpu("batch", case)
+    measured = {name: row["batch"] for name, row in rows.items() if "error" not in row}
+    names = ("dense", "sequence, ratio 0.25", "token, ratio 0.25", "token, ratio 0.1")
+    assert measured == dict.fromkeys(names, 5)
+    assert rows["token, ratio 0.1"]["to_dense"] == 1.0
+    assert rows["dense, Liger"]["error"].startswith("ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("answer", [0, 1, 5, 8])
+def test_the_largest_number_that_fits(answer):
+    assert batch.largest(lambda number: number <= answer, 8) == answer
+
+
+def test_a_step_without_memory_does_not_fit_and_leaves_nothing():
+    model = torch.nn.Linear(2, 1)
+
+    def make(model, ids):
+        def step():
+            model(ids).sum().backward()
+            if len(ids) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return model(ids).sum()
+
+        return step
+
+    assert batch.step_fits(make, model, torch.ones(1, 2))
+    assert model.weight.grad is None
+    assert not batch.step_fits(make, model, torch.ones(2, 2))
+    assert model.weight.grad is None
 
 
 def test_values_differ_if_their_bits_do():

@@ -40,7 +40,7 @@ def make_both(options):
     weights = {name: 3 * w if w.ndim == 2 else w for name, w in initial_weights(SHAPE, 0).items()}
     model = transformers.LlamaForCausalLM(llama_config(SHAPE, None))
     model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-    decoder = load_decoder(SHAPE, weights, jax.devices("cpu")[0])
+    decoder = load_decoder(SHAPE, weights, jax.devices()[0])
     return (
         cggr.torch.model.CGGRModel(model, split="token", **options),
         cggr.jax.model.CGGRModel(decoder, split="token", **options),
@@ -62,6 +62,7 @@ def masks(monkeypatch):
     return made
 
 
+@jax.default_matmul_precision("float32")  # not a GPU's own default
 @pytest.mark.parametrize("scoring", ["combined", "loss"])
 @pytest.mark.parametrize("rule", truth.SELECTIONS)
 def test_masks_losses_and_gradients_agree(rule, scoring, masks):

@@ -919,6 +919,47 @@ def test_heads_that_share_their_values():
     wrapped(ids, labels=ids).backward()
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_keys_that_heads_share_are_not_copied(name, checkpointed, monkeypatch):
+    model = build(name, "sdpa")
+    if checkpointed:
+        enable_checkpointing(model, False)
+    wrapped = CGGRModel(model, min_tokens_ratio=0.4, **OFF)
+    attend, key_heads = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, key, *args, **kwargs):
+        key_heads.append(key.shape[1])
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    ids = models.token_ids(2, 8)
+    loss = wrapped(ids, labels=ids)
+    n_layers = model.config.num_hidden_layers
+    second = key_heads[n_layers:]
+    # A checkpointed layer copies, for as long as it runs.
+    expected = model.config.num_attention_heads if checkpointed else 2
+    assert second == n_layers * [expected]
+    assert model.config._attn_implementation == "sdpa"
+    loss.backward()
+
+
+def test_a_pass_that_fails_leaves_the_attention_as_it_was():
+    model = build("llama", "sdpa")
+    wrapped = CGGRModel(model, min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(2, 8)
+
+    def fail(module, args, kwargs, output):
+        if torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+
+    failing = model.model.layers[1].register_forward_hook(fail, with_kwargs=True)
+    with failing, pytest.raises(RuntimeError, match=exactly("out of memory")):
+        wrapped(ids, labels=ids)
+    assert model.config._attn_implementation == "sdpa"
+    wrapped(ids, labels=ids).backward()
+
+
 @pytest.mark.slow
 @pytest.mark.float64  # nothing is compiled under the guard
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "linear_loss": "CGGRLinearLoss, with gradients, against dense losses",
     "linear_statistics": "of a linear head, fused against chunked",
     "step": "CGGRModel's whole step, time and memory, against dense steps",
+    "batch": "the largest whose step fits into 12 GiB",
     "jax_statistics": "of logits, from JAX against from PyTorch",
 }
 

@@ -11,7 +11,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of
 from cggr.torch import CGGRModel
 
 RATIOS = (0.25, 0.10)
-DENSE = "dense"
+DENSE, LIGER = "dense", "dense, Liger"
 
 Step = Callable[[], Tensor]
 
@@ -53,7 +53,16 @@ class StepCase(Case):
     @property
     def title(self) -> str:
         """The shape in words."""
-        return f"{self.name}, {self.batch} x {self.n_rows // self.batch:,} {self.dtype}"
+        return f"{self.name}, {self.batch} x {self.length:,} {self.dtype}"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.n_rows // self.batch
+
+    def of_batch(self, batch: int) -> StepCase:
+        """The same with another number of sequences."""
+        return dataclasses.replace(self, batch=batch, n_rows=batch * self.length)
 
 
 CASES = (
@@ -72,7 +81,7 @@ def make_model(case: StepCase, seed: int, device: str = "cuda") -> Any:
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads,
         num_key_value_heads=case.kv_heads,
-        max_position_embeddings=case.n_rows // case.batch,
+        max_position_embeddings=case.length,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -145,19 +154,58 @@ def captured(step: Call, model: nn.Module) -> Call:
     return replay
 
 
+class Way(NamedTuple):
+    """A way to make a training step.
+
+    Attributes:
+        name: As the report calls it.
+        make: From a model and its inputs to a function that computes the loss.
+        mode: Which executes it: eager, compiled, or graph, for one CUDA graph.
+    """
+
+    name: str
+    make: Callable[[Any, Tensor], Step]
+    mode: str = "eager"
+
+
+def ways(settings: BenchSettings) -> tuple[Way, ...]:
+    """All that are compared, the dense step first."""
+    token = [(f"token, ratio {r:g}", functools.partial(_cggr, "token", r)) for r in RATIOS]
+    return (
+        Way(DENSE, _plain),
+        Way(LIGER, functools.partial(_liger, False)),
+        Way("dense, compiled, Liger", functools.partial(_liger, True), "compiled"),
+        Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
+        Way("sequence, ratio 0.25", functools.partial(_cggr, "sequence", 0.25, False)),
+        *(Way(name, functools.partial(make, False)) for name, make in token),
+        *(
+            Way(f"{name}, compiled", functools.partial(make, True), "compiled")
+            for name, make in token
+        ),
+        *(Way(f"{name}, graph", functools.partial(make, False), "graph") for name, make in token),
+    )
+
+
+def make_ids(case: StepCase, seed: int, device: torch.device) -> Tensor:
+    """Random tokens ``(B, S)``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(case.n_classes, (case.batch, case.length), generator=generator)
+    return ids.to(device)
+
+
 def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
     """Measures one case."""
     if not isinstance(case, StepCase):
         raise TypeError(f"case must be a StepCase, got {case!r}.")
     model = make_model(case, settings.seed)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (case.batch, case.n_rows // case.batch)
-    ids = torch.randint(case.n_classes, shape, generator=generator).to(model.device)
+    ids = make_ids(case, settings.seed, model.device)
 
-    def contestant(name: str, make: Callable[[Any, Tensor], Step], *, graph: bool = False) -> Any:
+    def contestant(way: Way) -> Contestant:
+        graph = way.mode == "graph"
+
         def prepare() -> Call:
-            loss_of = make(model, ids)
+            loss_of = way.make(model, ids)
 
             def step() -> Tensor:
                 model.zero_grad(set_to_none=True)
@@ -174,30 +222,10 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
             peak, loss = peak_memory(step)
             return {"peak_bytes": weights + peak, "loss": float(loss)}
 
-        return Contestant(name, prepare, observe, may_fail=not name.startswith("token"))
+        return Contestant(way.name, prepare, observe, may_fail=not way.name.startswith("token"))
 
     torch._dynamo.reset()
-    token = [functools.partial(_cggr, "token", ratio) for ratio in RATIOS]
-    contestants = (
-        contestant(DENSE, _plain),
-        contestant("dense, Liger", functools.partial(_liger, False)),
-        contestant("dense, compiled, Liger", functools.partial(_liger, True)),
-        contestant("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
-        contestant("sequence, ratio 0.25", functools.partial(_cggr, "sequence", 0.25, False)),
-        *(
-            contestant(f"token, ratio {ratio:g}", functools.partial(make, False))
-            for ratio, make in zip(RATIOS, token, strict=True)
-        ),
-        *(
-            contestant(f"token, ratio {ratio:g}, compiled", functools.partial(make, True))
-            for ratio, make in zip(RATIOS, token, strict=True)
-        ),
-        *(
-            contestant(f"token, ratio {ratio:g}, graph", functools.partial(make, False), graph=True)
-            for ratio, make in zip(RATIOS, token, strict=True)
-        ),
-    )
-    rows = rows_of(measure(contestants, settings, progress))
+    rows = rows_of(measure([contestant(way) for way in ways(settings)], settings, progress))
     model.zero_grad(set_to_none=True)
     compare(rows)
     return rows
@@ -209,8 +237,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for row in by_name.values():
         if DENSE in by_name:
             row["to_dense"] = row["ms"] / by_name[DENSE]["ms"]
-        if "peak_bytes" in row and "dense, Liger" in by_name:
-            row["memory_to_liger"] = row["peak_bytes"] / by_name["dense, Liger"]["peak_bytes"]
+        if "peak_bytes" in row and LIGER in by_name:
+            row["memory_to_liger"] = row["peak_bytes"] / by_name[LIGER]["peak_bytes"]
 
 
 BENCHMARK = Benchmark(

@@ -139,7 +139,7 @@ def measure(
     failures: dict[str, Failure] = {}
     for contestant in contestants:
         progress(f"warming up {contestant.name}")
-        with _reported(contestant, failures):
+        with reported(contestant.name, failures, may_fail=contestant.may_fail):
             racers[contestant.name] = _Racer(contestant)
     for number in range(settings.rounds):
         # Each round begins with another one, so that nobody always follows the same.
@@ -147,7 +147,7 @@ def measure(
         for contestant in (*contestants[first:], *contestants[:first]):
             if contestant.name not in failures:
                 progress(f"round {number + 1} of {settings.rounds}, {contestant.name}")
-                with _reported(contestant, failures):
+                with reported(contestant.name, failures, may_fail=contestant.may_fail):
                     racers[contestant.name].take_turn()
     return {
         contestant.name: failures.get(contestant.name)
@@ -157,14 +157,15 @@ def measure(
 
 
 @contextlib.contextmanager
-def _reported(contestant: Contestant, failures: dict[str, Failure]) -> Iterator[None]:
+def reported(name: str, failures: dict[str, Failure], *, may_fail: bool) -> Iterator[None]:
+    """Notes under a contestant's name why it failed, if it may."""
     try:
         yield
     except FAULTS as error:
-        if not contestant.may_fail:
+        if not may_fail:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        failures[contestant.name] = Failure(text[:MAX_ERROR])
+        failures[name] = Failure(text[:MAX_ERROR])
 
 
 def rows_of(outcomes: Mapping[str, Timing | Failure]) -> list[dict[str, Any]]:

@@ -210,14 +210,13 @@ class TokenSplit:
         if mask is not None and mask.dim() == 4:
             rows_BHCS = mask.expand(index_BC.shape[0], *mask.shape[1:])
             index_BHCS = index_BC[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            selected["attention_mask"] = rows_BHCS.gather(2, index_BHCS)
+            masks = rows_BHCS.gather(2, index_BHCS)
         else:
-            selected["attention_mask"] = self._masks(
-                index_BC, recorded.key_BS, recorded.segment_BS, inputs
-            )
+            masks = self._masks(index_BC, recorded.key_BS, recorded.segment_BS, inputs)
         selected["position_ids"] = recorded.positions_BS.gather(1, index_BC)
         cache.select(index_BC, unused_BC)
-        with self._second_pass():
+        with self._second_pass(), self._attention(masks) as masks:
+            selected["attention_mask"] = masks
             return self._base(selected | recorded.extra | {"past_key_values": cache})
 
     def hidden(
@@ -398,6 +397,17 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
+
+    def _attention(self, masks: Any) -> contextlib.AbstractContextManager[Any]:
+        """What the layers of the second pass attend by, and its masks."""
+        from cggr.torch.row_attention import grouped_heads, shares_heads
+
+        config = self._source.config
+        of_heads = isinstance(masks, Tensor) and masks.shape[1] != 1  # a mask of the caller's
+        # Checkpointed layers run again after the pass.
+        if not shares_heads(config) or of_heads or self._checkpointed():
+            return contextlib.nullcontext(masks)
+        return grouped_heads(config, masks)
 
     def _checkpointed(self) -> list[nn.Module]:
         modules = self.router.base.modules()
