@@ -399,7 +399,7 @@ def test_the_kernels_of_050_come_from_their_folder(tmp_path):
 
 
 ON_CPU = """
-import contextlib, functools, importlib, json, sys
+import functools, importlib, json, sys, types
 import torch
 from cggr.bench import batch, linear, statistics, step, timing
 from cggr.bench.settings import BenchSettings, Case
@@ -414,7 +414,10 @@ linear.make_head = functools.partial(linear.make_head, device="cpu")
 linear.peak_memory = step.peak_memory = lambda call: (1 << 20, call())
 step.make_model = functools.partial(step.make_model, device="cpu")
 step.captured = lambda call, model: call
-batch.limited_memory = lambda n_bytes: contextlib.nullcontext()
+batch.in_own_process = lambda function, *args: function(*args)
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=24 << 30)
+torch.cuda.set_per_process_memory_fraction = {0.5: None}.__getitem__
 batch.make_model, fits = step.make_model, batch.step_fits
 batch.step_fits = lambda make, model, ids: len(ids) <= 5 and fits(make, model, ids)
 module = importlib.import_module(f"cggr.bench.{sys.argv[1]}")
@@ -517,6 +520,12 @@ def test_batches_are_those_of_every_eager_step():
 @pytest.mark.parametrize("answer", [0, 1, 5, 8])
 def test_the_largest_number_that_fits(answer):
     assert batch.largest(lambda number: number <= answer, 8) == answer
+
+
+def test_a_process_of_its_own_says_what_went_wrong():
+    assert batch.in_own_process(divmod, 7, 3) == (2, 1)
+    with pytest.raises(ZeroDivisionError):
+        batch.in_own_process(divmod, 1, 0)
 
 
 def test_a_step_without_memory_does_not_fit_and_leaves_nothing():

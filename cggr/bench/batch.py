@@ -6,9 +6,10 @@ that of PyTorch's allocator: weights and gradients are in it, the CUDA context i
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures
 import gc
-from collections.abc import Callable, Iterator
+import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,37 +29,37 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
     """Measures one case."""
     if not isinstance(case, StepCase):
         raise TypeError(f"case must be a StepCase, got {case!r}.")
-    model = make_model(case, settings.seed)
-    ids = make_ids(case.of_batch(MAX_BATCH), settings.seed, model.device)
     rows: list[dict[str, Any]] = []
     failures: dict[str, Failure] = {}
-    with limited_memory(LIMIT_BYTES):
-        for way in ways(settings):
-            if way.mode != "eager":  # it would compile, or be captured, for every batch
-                continue
-
-            def fits(batch: int, name: str = way.name, make: Any = way.make) -> bool:
-                progress(f"{name}, {batch} sequences")
-                return step_fits(make, model, ids[:batch])
-
-            ours = way.name.startswith("token")
-            with reported(way.name, failures, may_fail=not ours):
-                rows.append({"contestant": way.name, "batch": largest(fits, MAX_BATCH)})
+    for way in ways(settings):
+        if way.mode != "eager":  # it would compile, or be captured, for every batch
+            continue
+        progress(way.name)
+        with reported(way.name, failures, may_fail=not way.name.startswith("token")):
+            batch = in_own_process(largest_batch, way.name, case, settings)
+            rows.append({"contestant": way.name, "batch": batch})
     compare(rows)
     return rows + rows_of(failures)
 
 
-@contextlib.contextmanager
-def limited_memory(n_bytes: int) -> Iterator[None]:
-    """PyTorch allocates no more than this on the device meanwhile."""
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(
-        n_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    )
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result, or what it raises.
+
+    After an illegal access to memory, a process cannot use the device any more.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
+        return executor.submit(function, *args).result()
+
+
+def largest_batch(name: str, case: StepCase, settings: BenchSettings) -> int:
+    """How many sequences this way can train on; limits the memory of the process."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(LIMIT_BYTES / total)
+    make = {way.name: way.make for way in ways(settings)}[name]
+    model = make_model(case, settings.seed)
+    ids = make_ids(case.of_batch(MAX_BATCH), settings.seed, model.device)
+    return largest(lambda batch: step_fits(make, model, ids[:batch]), MAX_BATCH)
 
 
 def step_fits(make: Callable[[Any, Tensor], Step], model: Any, ids: Tensor) -> bool:
