@@ -401,7 +401,8 @@ def test_the_kernels_of_050_come_from_their_folder(tmp_path):
 ON_CPU = """
 import functools, importlib, json, sys, types
 import torch
-from cggr.bench import batch, linear, statistics, step, timing
+from rich.console import Console
+from cggr.bench import batch, linear, report, statistics, step, timing
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.step import StepCase
 
@@ -422,6 +423,7 @@ batch.make_model, fits = step.make_model, batch.step_fits
 batch.step_fits = lambda make, model, ids: len(ids) <= 5 and fits(make, model, ids)
 module = importlib.import_module(f"cggr.bench.{sys.argv[1]}")
 rows = module.run(eval(sys.argv[2]), BenchSettings(quick=True), lambda text: None)
+report.print_case(Console(file=sys.stderr), "a title", rows, module.BENCHMARK.columns)
 json.dump(rows, sys.stdout)
 """
 

@@ -99,7 +99,7 @@ BENCHMARK = Benchmark(
     cases=CASES[:1],
     measure=run,
     columns=(
-        Column("sequences", number("batch", "d")),
+        Column("sequences", number("batch", ".0f")),
         Column("of dense", number("to_dense", ".2f")),
     ),
 )

@@ -22,7 +22,7 @@ from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.statistics import load_050
 from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of
-from cggr.torch import CGGRModel
+from cggr.torch import CGGRModel, create_truncated_router
 
 RATIOS = (0.25, 0.10)
 DENSE, LIGER = "dense", "dense, Liger"
@@ -116,6 +116,8 @@ def _cggr(split: str, ratio: float, compiled: bool, model: Any, ids: Tensor) -> 
     inner: Any = torch.compile(model, dynamic=False) if compiled else model
     wrapped = CGGRModel(
         inner,
+        # The same as cggr 0.5.0's; the token split scores with its own first pass.
+        create_truncated_router(model, num_layers=2) if split == "sequence" else None,
         split=split,
         selection="stratified",
         capacity="static",
