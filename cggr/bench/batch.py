@@ -96,7 +96,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 BENCHMARK = Benchmark(
-    cases=CASES[:1],
+    cases=(CASES[0].of_batch(1),),
     measure=run,
     columns=(
         Column("sequences", number("batch", ".0f")),
