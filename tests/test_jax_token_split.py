@@ -325,6 +325,37 @@ def test_with_a_slot_for_every_token_fewer_may_be_selected():
     assert_near(gradient["model"], expected[1])
 
 
+def infinitely_masked(query, key, value, *, mask=None, is_causal=False, local_window_size=None):
+    """Attention whose row is NaN, and its gradient, where nothing is seen."""
+    group = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+    scores = jnp.einsum("bqhw,bkhw->bhqk", query, key)
+    distance = jnp.arange(scores.shape[2])[:, None] - jnp.arange(scores.shape[3])
+    if mask is None:
+        mask = jnp.ones_like(scores, bool)
+    if is_causal:
+        mask = mask & (distance >= 0)
+    if local_window_size is not None:
+        mask = mask & (distance <= local_window_size[0])
+    scores = jnp.where(mask, scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhw->bqhw", jax.nn.softmax(scores), value)
+
+
+def test_every_slot_sees_a_key():
+    ids, labels, mask = batch_of(padded=False)
+    model, options = Placed("window"), FIXED | {"selection": "importance"}
+    for layer in row_attentions(model):
+        layer.attention_fn = infinitely_masked
+    targets = targets_of(labels, mask)
+    kept = expected_selection(model, ids, targets, options)
+    assert not kept.mask[3].any()  # a row of unused slots
+    expected = reference(model, ids, targets, kept, importance=True)
+    routed = CGGRModel(model, split="token", **options)
+    value, gradient = loss_and_gradient(routed, ids, labels)
+    assert value == pytest.approx(float(expected[0]), rel=1e-5)
+    assert_near(gradient["model"], expected[1])
+
+
 RULES = [(name, "importance") for name in MODELS] + [
     (name, selection)
     for name in ("learned, mask", "rotary")

@@ -1,5 +1,6 @@
 """The token split of CGGRModel: exact losses, the gradient that it promises, what it refuses."""
 
+import copy
 import functools
 import logging
 import re
@@ -12,9 +13,14 @@ import torch.nn.functional as F
 import transformers
 import truth
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import cggr.torch.model
+import cggr.torch.token_split
 from cggr.torch import CGGRModel as RoutedModel
 from cggr.torch import RoutingConfig, create_truncated_router
 from cggr.torch.token_split import TokenSplit, refusal
@@ -814,13 +820,30 @@ def test_what_peft_does_itself_is_refused():
         wrapped(ids, labels=ids, adapter_names=["default", "default"])
 
 
+@of_peft
+def test_adapters_that_mix_positions_are_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LilyConfig(target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(models.build("llama"), config)
+    with pytest.raises(ValueError, match="has an adapter of kind LILY, which is not known to"):
+        CGGRModel(adapted)
+    assert RoutedModel(adapted).split == "sequence"
+
+
+@of_peft
+def test_every_adapter_that_is_taken_exists():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    assert set(cggr.torch.token_split._ADAPTERS) <= {kind.value for kind in peft.PeftType}
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({"past_key_values": object()}, "past_key_values cannot be given with split='token'"),
         ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split='token'"),
+        ({"is_causal": False}, "is_causal cannot be given with split='token'"),
     ],
-    ids=["cache", "logits"],
+    ids=["cache", "logits", "is_causal"],
 )
 def test_inputs_that_the_passes_would_drop(inputs, message):
     wrapped = CGGRModel(build("llama"), **OFF)
@@ -942,6 +965,46 @@ def test_keys_that_heads_share_are_not_copied(name, checkpointed, monkeypatch):
     assert second == n_layers * [expected]
     assert model.config._attn_implementation == "sdpa"
     loss.backward()
+
+
+def test_another_forward_in_the_middle_of_a_pass_is_its_own():
+    model = build("llama", "sdpa")
+    other = transformers.LlamaForCausalLM(model.config)  # the same configuration
+    ids, mask = models.token_ids(2, 8), (torch.arange(8) > torch.tensor([[0], [3]])).long()
+    with torch.no_grad():
+        expected = other(ids, attention_mask=mask, use_cache=False).logits
+    found = []
+
+    def run_other(module, args, kwargs):
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found.append(other(ids, attention_mask=mask, use_cache=False).logits)
+
+    with model.model.layers[1].register_forward_pre_hook(run_other, with_kwargs=True):
+        CGGRModel(model, min_tokens_ratio=0.4, **OFF)(ids, labels=ids).backward()
+    assert len(found) == 1
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["wrapper", "own config"])
+def test_layers_that_cannot_be_told_how_to_attend_copy(change, selections):
+    model = build("llama", "sdpa")
+    plain = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 11)
+    expected = plain(ids, labels=ids)
+    expected.backward()
+    want = gradients(model)
+    model.zero_grad()
+    layers = model.model.layers
+    if change == "wrapper":  # runs the layer again, as FSDP's users do it
+        layers[1] = checkpoint_wrapper(layers[1], CheckpointImpl.NO_REENTRANT)
+    else:
+        layers[1] = copy.deepcopy(layers[1])
+    loss = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)(ids, labels=ids)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    renamed = {k.replace("_checkpoint_wrapped_module.", ""): g for k, g in gradients(model).items()}
+    assert_same_gradients(renamed, want, 1e-6)
 
 
 def test_a_pass_that_fails_leaves_the_attention_as_it_was():

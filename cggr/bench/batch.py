@@ -22,7 +22,7 @@ from cggr.bench.step import CASES, DENSE, Step, StepCase, make_ids, make_model, 
 from cggr.bench.timing import Failure, Progress, reported, rows_of
 
 LIMIT_BYTES = 12 * 2**30
-MAX_BATCH = 256
+MAX_BATCH = 1024
 
 
 def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:

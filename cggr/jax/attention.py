@@ -365,7 +365,8 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def _sees(index_BC: Array, length: int, options: dict[str, Any]) -> Array | None:
     """The mask ``(B, 1, C, S)`` that the options stand for, which are switched off."""
     position_S = jnp.arange(length, dtype=index_BC.dtype)
-    index = index_BC[:, None, :, None]
+    # An unused slot sees what the last position sees: a row without any key would be NaN.
+    index = jnp.minimum(index_BC, length - 1)[:, None, :, None]
     masks = []
     if options.get("is_causal"):
         options["is_causal"] = False

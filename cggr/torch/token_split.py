@@ -51,6 +51,14 @@ _WINDOW_IN_EVERY_LAYER = ("mistral", "phi3")
 _BIDIRECTIONAL = ("bert", "roberta")
 # In transformers, packed sequences see each other in these.
 _NEVER_PACKED = ("falcon", *_BIDIRECTIONAL)
+# fmt: off
+# Kinds of peft that compute every position by itself.
+_ADAPTERS = (
+    "ADALORA", "ADAPTION_PROMPT", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA",
+    "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+)
+# fmt: on
 # Where a class may have its forward from: theirs, and Liger's, which computes the same.
 _KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
 _SHAPES = {
@@ -74,12 +82,18 @@ def refusal(model: nn.Module) -> str | None:
                 f"the CGGRModel itself."
             )
         for adapter in getattr(wrapping, "peft_config", {}).values():
+            kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
             if getattr(adapter, "is_prompt_learning", False):
                 return f"{type(wrapping).__name__} puts learned positions before the sequence."
             if getattr(adapter, "alora_invocation_tokens", None) is not None:
                 return (
                     f"{type(wrapping).__name__} looks for invocation tokens in a whole sequence "
                     f"(alora_invocation_tokens)."
+                )
+            if kind not in _ADAPTERS:
+                return (
+                    f"{type(wrapping).__name__} has an adapter of kind {kind}, which is not known "
+                    f"to compute every position by itself."
                 )
     if model_type in REFUSED:
         return f"{name} is a {model_type} model: {REFUSED[model_type]}."
@@ -110,7 +124,7 @@ def refusal(model: nn.Module) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return f"{name} has add_cross_attention=True: nothing is recorded of cross-attention."
     attention = getattr(config, "_attn_implementation", None)
-    if attention not in (None, "eager", "sdpa"):
+    if attention not in (None, "eager", "sdpa", "cggr_rows"):  # the last in another thread
         return (
             f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
             f"call model.set_attn_implementation('sdpa')."
@@ -400,14 +414,12 @@ class TokenSplit:
 
     def _attention(self, masks: Any) -> contextlib.AbstractContextManager[Any]:
         """What the layers of the second pass attend by, and its masks."""
-        from cggr.torch.row_attention import grouped_heads, shares_heads
+        from cggr.torch.row_attention import can_share, shared_heads
 
-        config = self._source.config
-        of_heads = isinstance(masks, Tensor) and masks.shape[1] != 1  # a mask of the caller's
         # Checkpointed layers run again after the pass.
-        if not shares_heads(config) or of_heads or self._checkpointed():
+        if self._checkpointed() or not can_share(self.router.base, masks):
             return contextlib.nullcontext(masks)
-        return grouped_heads(config, masks)
+        return shared_heads(self._source.config, masks)
 
     def _checkpointed(self) -> list[nn.Module]:
         modules = self.router.base.modules()
@@ -470,7 +482,7 @@ def _split_inputs(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Inputs that follow the positions, and settings."""
     given = {name: value for name, value in model_inputs.items() if value is not None}
-    for name in ("past_key_values", "logits_to_keep", "adapter_names"):
+    for name in ("past_key_values", "logits_to_keep", "adapter_names", "is_causal"):
         if name in given:
             raise ValueError(
                 f"{name} cannot be given with split='token'; split='sequence' takes it."
