@@ -862,7 +862,8 @@ def test_a_model_compiled_in_place_is_run_compiled(monkeypatch):
     wrapped = CGGRModel(model, min_tokens_ratio=0.4, **OFF)
     ids = models.token_ids(2, 8)
     wrapped(ids, labels=ids)
-    assert compiled == [model.model]
+    assert len(compiled) == 1
+    assert type(compiled[0]) is type(model.model)
 
 
 @pytest.mark.parametrize("name", ["falcon", "bert"])
@@ -940,9 +941,7 @@ def test_keys_that_heads_share_are_not_copied(name, checkpointed, monkeypatch):
     loss = wrapped(ids, labels=ids)
     n_layers = model.config.num_hidden_layers
     second = key_heads[n_layers:]
-    # A checkpointed layer copies, for as long as it runs.
-    expected = model.config.num_attention_heads if checkpointed else 2
-    assert second == n_layers * [expected]
+    assert second == n_layers * [2]
     assert model.config._attn_implementation == "sdpa"
     loss.backward()
 
@@ -967,7 +966,7 @@ def test_another_forward_in_the_middle_of_a_pass_is_its_own():
 
 
 @pytest.mark.parametrize("change", ["wrapper", "own config"])
-def test_layers_that_cannot_be_told_how_to_attend_copy(change, selections):
+def test_layers_wrapped_or_copied_by_others(change, selections):
     model = build("llama", "sdpa")
     plain = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
     ids = models.token_ids(3, 11)

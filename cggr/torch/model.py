@@ -134,6 +134,13 @@ class CGGRModel(nn.Module):
         """The routing options."""
         return self.scorer.config
 
+    def train(self, mode: bool = True) -> CGGRModel:
+        """Training mode, or eval mode; the token split's copies of the modules follow."""
+        super().train(mode)
+        if self._token_split is not None:
+            self._token_split.refresh()
+        return self
+
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""
         self.scorer.step()

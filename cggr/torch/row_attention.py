@@ -12,61 +12,47 @@ share each of the ``K`` heads of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from transformers import AttentionInterface, AttentionMaskInterface
 
 SDPA = "sdpa"
 NAME = "cggr_rows"  # among transformers' attention functions
 
 
-def can_share(model: nn.Module, masks: Any) -> bool:
-    """Whether :func:`shared_heads` can run a pass of this model under these masks.
+def share_heads(configs: list[Any]) -> int:
+    """Makes the layers of these configurations attend by :func:`grouped_attention`, if it helps.
 
-    Args:
-        model: A model of transformers without its head.
-        masks: ``(B, 1 or H, C, S)``, or a dict of such.
+    Returns:
+        G, by which :func:`for_groups` makes their masks; 1 if they attend as before.
     """
-    config: Any = model.config
-    n_heads = config.num_attention_heads
-    if getattr(config, "num_key_value_heads", n_heads) == n_heads:
-        return False
-    if config._attn_implementation not in (SDPA, NAME):
-        return False
-    if isinstance(masks, Tensor) and masks.shape[1] != 1:  # the caller's own
-        return False
-    # Layers are told by their config, and must find what they were told when they run again.
-    return all(
-        getattr(module, "config", config) is config and not isinstance(module, ActivationWrapper)
-        for module in model.modules()
-    )
-
-
-@contextlib.contextmanager
-def shared_heads(config: Any, masks: Any) -> Iterator[Any]:
-    """A pass whose layers attend by :func:`grouped_attention`.
-
-    Args:
-        config: That of all layers.
-        masks: ``(B, 1, C, S)``, or a dict of such; yielded again as ``(B, 1, G C, S)``, made once
-            for all layers.
-    """
-    # Whoever else reads the config meanwhile gets transformers' own masks and attention.
+    groups = {_group(config) for config in configs}
+    group = groups.pop()
+    if group == 1 or groups:
+        return 1
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()[SDPA])
     AttentionInterface.register(NAME, grouped_attention)
-    group = config.num_attention_heads // config.num_key_value_heads
-    config._attn_implementation = NAME
-    try:
-        if isinstance(masks, dict):
-            yield {kind: mask.repeat(1, 1, group, 1) for kind, mask in masks.items()}
-        else:
-            yield masks.repeat(1, 1, group, 1)
-    finally:
-        config._attn_implementation = SDPA
+    for config in configs:
+        config._attn_implementation = NAME
+    return group
+
+
+def _group(config: Any) -> int:
+    """How many heads share one of keys and values, where they attend by sdpa."""
+    if config._attn_implementation != SDPA:
+        return 1
+    n_heads: int = config.num_attention_heads
+    return n_heads // (getattr(config, "num_key_value_heads", None) or n_heads)
+
+
+def for_groups(masks: Any, group: int) -> Any:
+    """Masks ``(B, 1, C, S)``, or a dict of such, as ``(B, 1, G C, S)``: once for all layers."""
+    if isinstance(masks, dict):
+        return {kind: for_groups(mask, group) for kind, mask in masks.items()}
+    if masks.shape[1] != 1:  # the caller's own, of every head: sdpa takes it as it is
+        return masks
+    return masks.repeat(1, 1, group, 1)
 
 
 def grouped_attention(

@@ -29,6 +29,7 @@ from cggr.torch.router import (
     wrappings,
 )
 from cggr.torch.selected import SelectedRows
+from cggr.torch.twin import Twin
 
 _SCAN = "its layers scan the whole sequence, of which a part is not defined"
 _ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
@@ -124,7 +125,7 @@ def refusal(model: nn.Module) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return f"{name} has add_cross_attention=True: nothing is recorded of cross-attention."
     attention = getattr(config, "_attn_implementation", None)
-    if attention not in (None, "eager", "sdpa", "cggr_rows"):  # the last in another thread
+    if attention not in (None, "eager", "sdpa"):
         return (
             f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
             f"call model.set_attn_implementation('sdpa')."
@@ -180,6 +181,18 @@ class TokenSplit:
         self.router = own_router(model)
         self._compile = _compiler_of(model)
         self._compiled: tuple[nn.Module, Any] | None = None
+        self._twin = Twin(self.router.base)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over what has been changed in the model: its modes, its adapters, its modules."""
+        from cggr.torch.row_attention import share_heads
+
+        if self._twin.original is not self.router.base:
+            self._twin = Twin(self.router.base)
+        else:
+            self._twin.refresh()
+        self._group = share_heads(self._twin.configs)
 
     def record(
         self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
@@ -229,8 +242,10 @@ class TokenSplit:
             masks = self._masks(index_BC, recorded.key_BS, recorded.segment_BS, inputs)
         selected["position_ids"] = recorded.positions_BS.gather(1, index_BC)
         cache.select(index_BC, unused_BC)
-        with self._second_pass(), self._attention(masks) as masks:
-            selected["attention_mask"] = masks
+        from cggr.torch.row_attention import for_groups
+
+        selected["attention_mask"] = for_groups(masks, self._group) if self._group > 1 else masks
+        with self._second_pass():
             return self._base(selected | recorded.extra | {"past_key_values": cache})
 
     def hidden(
@@ -277,7 +292,9 @@ class TokenSplit:
     def _checked_inputs(
         self, model_inputs: dict[str, Any], shape: torch.Size
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        self._check()
+        if not torch.compiler.is_compiling():
+            self._check()
+            self.refresh()
         return _split_inputs(model_inputs, shape)
 
     def _visible(
@@ -321,7 +338,7 @@ class TokenSplit:
 
     def _base(self, inputs: dict[str, Any]) -> Tensor:
         """Final hidden states, by the model without head."""
-        base = self.router.base
+        base = self._twin.root
         if self._compile is not None:
             if self._compiled is None or self._compiled[0] is not base:
                 self._compiled = base, self._compile(base)
@@ -412,17 +429,8 @@ class TokenSplit:
         ):
             yield
 
-    def _attention(self, masks: Any) -> contextlib.AbstractContextManager[Any]:
-        """What the layers of the second pass attend by, and its masks."""
-        from cggr.torch.row_attention import can_share, shared_heads
-
-        # Checkpointed layers run again after the pass.
-        if self._checkpointed() or not can_share(self.router.base, masks):
-            return contextlib.nullcontext(masks)
-        return shared_heads(self._source.config, masks)
-
     def _checkpointed(self) -> list[nn.Module]:
-        modules = self.router.base.modules()
+        modules = self._twin.root.modules()
         return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
 
 

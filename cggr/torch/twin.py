@@ -1,0 +1,90 @@
+"""A second tree of a model's modules over the same parameters, which may be run in another way."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Change = Callable[[nn.Module], nn.Module | None]
+
+
+class Twin:
+    """Copies of modules that share parameters, buffers and hooks with the originals.
+
+    What is set on a copy, or on the configuration that the copies have in place of the model's,
+    nobody else sees: no other forward of the model, in a thread or a hook, and no saved file.
+
+    Args:
+        root: The module to copy with all below it.
+        change: What to put in a module's place; a copy of it where that is
+            None.
+    """
+
+    def __init__(self, root: nn.Module, change: Change | None = None) -> None:
+        self.original, self._change = root, change
+        self._build()
+
+    def _build(self) -> None:
+        self._pairs: dict[nn.Module, nn.Module] = {}
+        self._configs: dict[int, tuple[Any, Any]] = {}
+        self.root = self._copy(self.original)
+        self._children = self._structure()
+
+    def refresh(self) -> None:
+        """Takes over what has been changed in the originals: attributes, modes, modules."""
+        if self._structure() != self._children:
+            self._build()
+            return
+        for config, ours in self._configs.values():
+            ours.__dict__.update(vars(config))
+        for original, twin in self._pairs.items():
+            self._update(original, twin)
+
+    @property
+    def configs(self) -> list[Any]:
+        """The configurations of the copies, as they were before anything was set on them."""
+        return [ours for _, ours in self._configs.values()]
+
+    def _structure(self) -> list[int]:
+        return [id(module) for module in self.original.modules()]
+
+    def _copy(self, original: nn.Module) -> nn.Module:
+        if (twin := self._pairs.get(original)) is not None:
+            return twin
+        twin = None if self._change is None else self._change(original)
+        compiled = original._modules.get("_orig_mod")
+        if twin is None and compiled is not None:  # by torch.compile: it would run the original
+            compiler: Any = getattr(original, "dynamo_ctx", torch.compile)
+            twin = compiler(self._copy(compiled))
+        if twin is None:
+            twin = type(original).__new__(type(original))
+            self._pairs[original] = twin
+            self._update(original, twin)
+            twin._modules = {
+                name: None if child is None else self._copy(child)
+                for name, child in original._modules.items()
+            }
+        self._pairs[original] = twin
+        return twin
+
+    def _update(self, original: nn.Module, twin: nn.Module) -> None:
+        if type(twin) is not type(original):  # put in its place
+            return
+        attributes = vars(original) | {"_modules": twin.__dict__.get("_modules")}
+        if (config := attributes.get("config")) is not None:
+            if id(config) not in self._configs:
+                self._configs[id(config)] = config, copy.copy(config)
+            attributes["config"] = self._configs[id(config)][1]
+        if attributes.pop("_compiled_call_impl", None) is not None:  # module.compile()
+            ours = twin.__dict__.get("_compiled_call_impl") or torch.compile(twin._call_impl)
+            attributes["_compiled_call_impl"] = ours
+        forward = attributes.get("forward")  # set on the instance
+        if isinstance(forward, types.MethodType) and forward.__self__ is original:
+            attributes["forward"] = types.MethodType(forward.__func__, twin)
+        twin.__dict__.clear()  # of what the original has no more
+        twin.__dict__.update(attributes)
