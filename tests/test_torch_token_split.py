@@ -1,5 +1,7 @@
 """The token split of CGGRModel: exact losses, the gradient that it promises, what it refuses."""
 
+import collections
+import contextlib
 import copy
 import functools
 import logging
@@ -22,12 +24,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import cggr.torch.model
 import cggr.torch.token_split
 from cggr.torch import CGGRModel as RoutedModel
+from cggr.torch import CGGRScorer as RoutedScorer
 from cggr.torch import RoutingConfig, create_truncated_router
 from cggr.torch.token_split import TokenSplit, refusal
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
 NAMES = [name for name in models.ARCHITECTURES if name != "mamba"]
 CGGRModel = functools.partial(RoutedModel, split="token")
+of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 def attention_of(name):
@@ -472,6 +476,95 @@ def test_a_router_scores_in_the_models_place(selections):
     np.testing.assert_array_equal(found.mask.numpy(), expected.mask)
 
 
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_a_router_of_first_layers_is_the_beginning_of_the_first_pass(
+    name, attention, capacity, selections
+):
+    model = build(name, attention)
+    router = create_truncated_router(model, num_layers=1)
+    wrapped = CGGRModel(
+        model, router, selection="stratified", min_tokens_ratio=0.4, capacity=capacity, **OFF
+    )
+    ran = collections.Counter()
+    for i, layer in enumerate(models.base_of(model).modules()):
+        if type(layer).__name__.endswith(("Layer", "Block")):
+            hook = functools.partial(lambda i, *_: ran.update([i]), i)
+            layer.register_forward_hook(hook)
+    ids = models.token_ids(3, 12)
+    labels = models.labels_for(name, ids)
+    check_step(wrapped, model, name, selections, labels, input_ids=ids)
+    # Twice in the step, by either pass, and once in the reference.
+    assert set(ran.values()) == {3}
+    scores = RoutedScorer(router, shift_labels=name not in models.MASKED).score(
+        shifted(name, labels), input_ids=ids
+    )
+    hardest = torch.where(selections[0].mask, scores.difficulty, 0).sum()
+    assert wrapped.get_metrics()["avg_difficulty"] == pytest.approx(
+        (scores.difficulty.sum() / scores.eligible.sum()).item(), rel=1e-5
+    )
+    assert hardest > 0
+
+
+@of_peft
+@pytest.mark.parametrize("inputs", ["left padding", "packed", "LoRA", "bfloat16", "bias"])
+def test_the_products_of_selected_positions_are_made_once(inputs, monkeypatch):
+    name = "gpt_neox" if inputs == "bias" else "llama"
+    model = build(name)
+    others = {}
+    if inputs == "left padding":
+        others["attention_mask"] = (torch.arange(12) >= torch.arange(3)[:, None]).long()
+    if inputs == "packed":
+        others["position_ids"] = (torch.arange(12) % 5).expand(3, 12).contiguous()
+    trained = lora(model, target_modules="all-linear") if inputs == "LoRA" else model
+    ids = models.token_ids(3, 12)
+    found = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(TokenSplit, "_repeats_itself", lambda self: False)
+        wrapped = CGGRModel(trained, selection="random", min_tokens_ratio=0.4, **OFF)
+        lowered = torch.autocast("cpu", torch.bfloat16, enabled=inputs == "bfloat16")
+        with count_products() as products, lowered:
+            loss = wrapped(ids, labels=ids, **others)
+        loss.backward()
+        found.append((loss.item(), gradients(trained), products))
+        trained.zero_grad()
+    (loss, gradient, products), (expected, want, twice) = found
+    tolerance = 2e-2 if inputs == "bfloat16" else 1e-6
+    assert loss == pytest.approx(expected, rel=tolerance)
+    assert_same_gradients(gradient, want, tolerance)
+    assert 2 * len(products) == len(twice) > 0
+    assert {shape[1] for shape in products} == {12}
+
+
+@contextlib.contextmanager
+def count_products():
+    """Shapes of what a model's linear layers are given, the head's not."""
+    linear, shapes = F.linear, []
+
+    def spy(x, weight, bias=None):
+        if weight.shape[0] != models.VOCAB and x.dim() == 3:
+            shapes.append(tuple(x.shape))
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", spy)
+        yield shapes
+
+
+@pytest.mark.parametrize("reason", ["dropout", "checkpointing"])
+def test_passes_that_differ_make_their_own_products(reason, monkeypatch):
+    model = build("gpt_neox", hidden_dropout=0.5 if reason == "dropout" else 0.0)
+    if reason == "checkpointing":
+        enable_checkpointing(model, False)
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 12)
+    with count_products() as products:
+        loss = wrapped(ids, labels=ids)
+    assert {shape[1] for shape in products} == {12, 5}
+    loss.backward()
+
+
 @pytest.mark.parametrize("selection", ["stratified", "importance"])
 def test_accumulated_micro_batches_are_one_batch(selection, selections):
     model = build("llama")
@@ -718,7 +811,6 @@ def test_inputs_that_do_not_fit(inputs, message):
 
 
 # Of transformers' own names, which peft still uses.
-of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 def lora(model, **options):

@@ -46,7 +46,12 @@ class CGGRModel(nn.Module):
     a router's; a second pass runs those alone, forward and backward, and attends to all. A selected
     token's loss is its dense loss; what unselected tokens offer to attention is constant in the
     gradient. Dropout, where a model has it, is drawn anew in each pass. For transformers' language
-    models: :mod:`cggr.torch.token_split`.
+    models: :mod:`cggr.torch.token_split`. With a router of the model's own first layers, the first
+    pass scores after those, and keeps of the others what the second would compute again: the
+    products of the selected tokens are made once. So it does for ``selection="random"``.
+
+    Under ``torch.compile(cggr_model, fullgraph=True)``, adapters and modules of the model stay as
+    they were at the last call outside of it, or of ``train()``.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
@@ -61,7 +66,7 @@ class CGGRModel(nn.Module):
         model: ``(input_ids, ...) -> logits`` (a tensor, or an output with ``.logits``).
         router: What scores, such as ``create_truncated_router(model)``; the model itself when
             None, which the token split runs anyway, and the sequence split at the price of a full
-            forward.
+            forward. In the token split, a router of the model's own layers costs nothing.
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords. The
             scope is ``"sequence"`` with the token split, whatever a config says.
         split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
@@ -235,7 +240,7 @@ class CGGRModel(nn.Module):
             return self._loss_sum(model_inputs, targets, None)
         synchronise = self.scorer.capacity == "exact"
         hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
-        targets = self._checked(split, hidden, targets)
+        targets = self._checked(split, targets)
         return self._every_token_sum(split, hidden, targets)
 
     def _current_split(self) -> TokenSplit | None:
@@ -244,10 +249,24 @@ class CGGRModel(nn.Module):
             self._token_split = TokenSplit(self.model)  # it was replaced
         return self._token_split
 
-    def _checked(self, split: TokenSplit, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _scoring_depth(self) -> int | None:
+        """After how many of the model's layers everything is scored; None after all."""
+        if self._needs_no_score:
+            return 0
+        router = self.scorer.router
+        if self._scores_itself or not isinstance(router, TruncatedRouter) or router.passthrough:
+            return None
+        return router.num_layers if router.source is unwrapped(self.model) else None
+
+    @property
+    def _needs_no_score(self) -> bool:
+        # The control needs no score, so it does not pay for one.
+        return self.config.selection == "random" and not self.config.adaptive
+
+    def _checked(self, split: TokenSplit, targets: Tensor) -> Tensor:
         return checked_targets(
             targets,
-            hidden.shape[:-1],
+            targets.shape,
             split.router.n_classes,
             self.config.ignore_index,
             name="labels",
@@ -271,18 +290,25 @@ class CGGRModel(nn.Module):
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` over the tokens to train on."""
         scorer, config, rule = self.scorer, self.config, self._rule
-        recorded, synchronise = None, scorer.capacity == "exact"
+        recorded, hidden, synchronise = None, None, scorer.capacity == "exact"
+        depth = self._scoring_depth()
         if config.selects_all:  # one dense pass does
             hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
         else:
-            recorded = split.record(model_inputs, targets.shape, synchronise=synchronise)
-            hidden = recorded.hidden_BSD
-        targets = self._checked(split, hidden, targets)
-        difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
+            recorded = split.record(
+                model_inputs, targets.shape, synchronise=synchronise, depth=depth
+            )
+        targets = self._checked(split, targets)
+        if recorded is None:
+            ran = hidden if self._scores_itself else None
+        else:
+            ran = recorded.hidden_BSD if self._scores_itself or depth is not None else None
+        difficulty, scored = self._score(targets, reference_nll, model_inputs, ran)
         scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
         ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
         if recorded is None:
+            assert hidden is not None
             total, rows = self._every_token_sum(split, hidden, targets)
         else:
             with torch.no_grad():
@@ -305,6 +331,8 @@ class CGGRModel(nn.Module):
                 weighted=config.selection == "importance",
                 padded=False,
             )._replace(index_R=None)
+            if depth is not None:
+                split.finish(recorded, depth, index_BC)
             hidden = split.rows(recorded, index_BC, selection.indices == targets.shape[1])
             total = split.loss_sum(hidden, rows, config.ignore_index)
         scorer.record(ratio=ratio, tokens_selected=rows.n_selected, eligible=eligible, **scored)
@@ -361,14 +389,14 @@ class CGGRModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Difficulty of every token, and the ``(B, S)`` scores for the metrics.
 
-        `hidden` are the model's own final hidden states, where it has been run already.
+        `hidden` are the router's final hidden states, where it has been run already.
         """
-        if self.config.selection == "random" and not self.config.adaptive:
-            # The control needs no score, so it does not pay for one.
+        if self._needs_no_score:
             return torch.zeros(targets.shape, device=targets.device), {}
-        if hidden is not None and self._token_split is not None and self._scores_itself:
+        router = self.scorer.router
+        if hidden is not None and isinstance(router, TruncatedRouter):
             scores = self.scorer.score_hidden(
-                self._token_split.router, hidden.detach(), targets, reference_nll, model_inputs
+                router, hidden.detach(), targets, reference_nll, model_inputs
             )
         else:
             scores = self.scorer.score(targets, reference_nll=reference_nll, **model_inputs)

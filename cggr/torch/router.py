@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from cggr.torch.twin import with_layers
+
 
 class Layout(NamedTuple):
     """Where a family of Hugging Face models keeps its parts, as attribute paths.
@@ -116,6 +118,11 @@ class TruncatedRouter(nn.Module):
         return cast(nn.Module, self._part(LAYOUTS[self.architecture].base))
 
     @property
+    def layers_path(self) -> str:
+        """Where the base keeps its layers; not for passthrough."""
+        return LAYOUTS[self.architecture].layers
+
+    @property
     def head(self) -> Any:
         """What makes logits of the base's hidden states; not for passthrough."""
         return self._part(LAYOUTS[self.architecture].head)
@@ -163,9 +170,9 @@ class TruncatedRouter(nn.Module):
         """Nothing is owned, so nothing is loaded: what cggr 0.5.0 saved here is the model's."""
 
     def _truncate(self) -> None:
-        layout = LAYOUTS[self.architecture]
-        base, path = self._part(layout.base), layout.layers.split(".")
-        self._truncated = (_truncated(base, path, cast(int, self.num_layers)),)
+        base, path = self.base, self.layers_path
+        layers = list(_part_of(base, path))[: self.num_layers]
+        self._truncated = (with_layers(base, path, layers),)
 
     def _part(self, path: str) -> Any:
         part = _part_of(self.source, path)
@@ -303,24 +310,3 @@ def _warn_passthrough(model: nn.Module) -> None:
         UserWarning,
         stacklevel=4,
     )
-
-
-def _truncated(base: nn.Module, path: list[str], num_layers: int) -> nn.Module:
-    """A copy of the modules along the path to the layer list, which is cut; the rest is shared."""
-    copy = _shallow_copy(base)
-    name, *rest = path
-    child = getattr(base, name)
-    if rest:
-        copy._modules[name] = _truncated(child, rest, num_layers)
-    else:
-        copy._modules[name] = nn.ModuleList(list(child)[:num_layers])
-    return copy
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copy = type(module).__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy._modules = module._modules.copy()
-    # A forward set on the instance is bound to the original, with all its layers.
-    copy.__dict__.pop("forward", None)
-    return copy

@@ -28,8 +28,9 @@ from cggr.torch.router import (
     unwrapped,
     wrappings,
 )
+from cggr.torch.row_linear import RowLinear
 from cggr.torch.selected import SelectedRows
-from cggr.torch.twin import Twin
+from cggr.torch.twin import Twin, with_layers
 
 _SCAN = "its layers scan the whole sequence, of which a part is not defined"
 _ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
@@ -60,6 +61,18 @@ _ADAPTERS = (
     "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )
 # fmt: on
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
+# What some models ask of their layers.
+_LAYER_ATTRIBUTES = ("attention_type", "layer_type")
+_DROPOUTS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
 # Where a class may have its forward from: theirs, and Liger's, which computes the same.
 _KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
 _SHAPES = {
@@ -142,26 +155,61 @@ class LinearHead(NamedTuple):
     softcap: float | None
 
 
+class _Kept(nn.Module):
+    """A layer whose output is kept."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.output: Any = None
+        for name in _LAYER_ATTRIBUTES:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self.layer(*args, **kwargs)
+        return self.output
+
+
+class _Resumed(nn.Module):
+    """Stands for the layers up to one whose output was kept."""
+
+    def __init__(self, kept: _Kept, layer: nn.Module) -> None:
+        super().__init__()
+        self._kept = (kept,)
+        for name in _LAYER_ATTRIBUTES:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kept[0].output
+
+
 class Recorded(NamedTuple):
     """What the first pass leaves to the second.
 
     Attributes:
-        hidden_BSD: Final hidden states, of which the head makes logits.
+        hidden_BSD: Hidden states of the layers that ran, of which the head makes logits; None if
+            none did.
+        first: What the pass was called with.
         inputs: Of the model, those that a sequence or a position has.
         extra: Its other inputs.
         cache: Keys and values of every layer.
         positions_BS: int64 position of every token.
         key_BS: Which tokens can be attended to; None if all can.
         segment_BS: Number of the packed sequence that a token belongs to; None if there is one.
+        kept: The last layer that ran, where others are to follow.
     """
 
-    hidden_BSD: Tensor
+    hidden_BSD: Tensor | None
+    first: dict[str, Any]
     inputs: dict[str, Tensor]
     extra: dict[str, Any]
     cache: Any
     positions_BS: Tensor
     key_BS: Tensor | None
     segment_BS: Tensor | None
+    kept: _Kept | None
 
 
 class TokenSplit:
@@ -181,7 +229,7 @@ class TokenSplit:
         self.router = own_router(model)
         self._compile = _compiler_of(model)
         self._compiled: tuple[nn.Module, Any] | None = None
-        self._twin = Twin(self.router.base)
+        self._twin = Twin(self.router.base, _CLASSES)
         self.refresh()
 
     def refresh(self) -> None:
@@ -189,21 +237,30 @@ class TokenSplit:
         from cggr.torch.row_attention import share_heads
 
         if self._twin.original is not self.router.base:
-            self._twin = Twin(self.router.base)
+            self._twin = Twin(self.router.base, _CLASSES)
         else:
             self._twin.refresh()
         self._group = share_heads(self._twin.configs)
+        for module in self._twin.root.modules():
+            if isinstance(module, RowLinear):
+                module.forget()
 
     def record(
-        self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
+        self,
+        model_inputs: dict[str, Any],
+        shape: torch.Size,
+        *,
+        synchronise: bool,
+        depth: int | None = None,
     ) -> Recorded:
-        """The first pass, over everything, without gradient.
+        """The first pass, over everything, without gradient, or its beginning.
 
         Args:
             model_inputs: Those of the model, None for what is not given.
             shape: ``(B, S)``.
             synchronise: Whether the host may ask the device if padding or packing needs a mask at
                 all; without it there is one wherever there could be need of it.
+            depth: Layers to run, 0 included; :meth:`finish` runs the others. All if None.
 
         Raises:
             ValueError: An input does not tell which part of it belongs to a position.
@@ -214,10 +271,43 @@ class TokenSplit:
 
         cache = RowCache()
         first = self._masked(inputs, shape, key_BS, segment_BS, synchronise) | extra
-        with torch.no_grad(), self._first_pass(_any_of(inputs).device):
-            hidden_BSD = self._base(first | {"past_key_values": cache})
+        first["past_key_values"] = cache
+        hidden_BSD, kept, base = None, None, self._twin.root
+        if depth:
+            layers = self._layers[:depth]
+            kept = _Kept(layers[-1])
+            base = with_layers(base, self.router.layers_path, [*layers[:-1], kept])
+        if depth != 0:
+            with torch.no_grad(), self._first_pass(_any_of(inputs).device):
+                hidden_BSD = self._base(first, base)
         positions_BS = self._positions(inputs, shape)
-        return Recorded(hidden_BSD, inputs, extra, cache, positions_BS, key_BS, segment_BS)
+        return Recorded(
+            hidden_BSD, first, inputs, extra, cache, positions_BS, key_BS, segment_BS, kept
+        )
+
+    def finish(self, recorded: Recorded, depth: int, index_BC: Tensor) -> None:
+        """The layers that :meth:`record` left, which may be all, given what is selected of them.
+
+        Their products at these positions are those of the second pass, too.
+
+        Args:
+            recorded: By :meth:`record`.
+            depth: Layers that it ran.
+            index_BC: int64 positions in ``[0, S)``, each at most once in a sequence.
+        """
+        base, layers = self._twin.root, self._layers
+        if (kept := recorded.kept) is not None:
+            resumed: list[nn.Module] = [_Resumed(kept, layer) for layer in layers[:depth]]
+            base = with_layers(base, self.router.layers_path, [*resumed, *layers[depth:]])
+        linears = self._row_linears(depth) if self._repeats_itself() else []
+        for linear in linears:
+            linear.index_BC = index_BC
+        try:
+            with torch.no_grad(), self._first_pass(index_BC.device):
+                self._base(recorded.first, base)
+        finally:
+            for linear in linears:
+                linear.index_BC = None
 
     def rows(self, recorded: Recorded, index_BC: Tensor, unused_BC: Tensor | None) -> Tensor:
         """Final hidden states ``(B, C, D)`` of some positions, with gradient.
@@ -336,9 +426,27 @@ class TokenSplit:
         if (reason := refusal(self.model)) is not None:
             raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
 
-    def _base(self, inputs: dict[str, Any]) -> Tensor:
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return list(cast(nn.ModuleList, self._twin.root.get_submodule(self.router.layers_path)))
+
+    def _row_linears(self, depth: int) -> list[RowLinear]:
+        modules = (module for layer in self._layers[depth:] for module in layer.modules())
+        return [module for module in modules if isinstance(module, RowLinear)]
+
+    def _repeats_itself(self) -> bool:
+        """Whether the second pass computes what the first one did, and once only."""
+        root: Any = self._twin.root
+        dropout = any(getattr(root.config, name, 0) for name in _DROPOUTS) or any(
+            isinstance(module, nn.Dropout) and module.p for module in root.modules()
+        )
+        # Checkpointed layers run again, by whomever they are wrapped.
+        wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in root.modules())
+        return not (dropout and root.training) and not self._checkpointed() and not wrapped
+
+    def _base(self, inputs: dict[str, Any], base: nn.Module | None = None) -> Tensor:
         """Final hidden states, by the model without head."""
-        base = self._twin.root
+        base = self._twin.root if base is None else base
         if self._compile is not None:
             if self._compiled is None or self._compiled[0] is not base:
                 self._compiled = base, self._compile(base)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-Change = Callable[[nn.Module], nn.Module | None]
 
 
 class Twin:
@@ -21,12 +19,13 @@ class Twin:
 
     Args:
         root: The module to copy with all below it.
-        change: What to put in a module's place; a copy of it where that is
-            None.
+        classes: Subclasses that copies of modules of exactly these classes have.
     """
 
-    def __init__(self, root: nn.Module, change: Change | None = None) -> None:
-        self.original, self._change = root, change
+    def __init__(
+        self, root: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] | None = None
+    ) -> None:
+        self.original, self._classes = root, dict(classes or {})
         self._build()
 
     def _build(self) -> None:
@@ -43,7 +42,8 @@ class Twin:
         for config, ours in self._configs.values():
             ours.__dict__.update(vars(config))
         for original, twin in self._pairs.items():
-            self._update(original, twin)
+            if "_orig_mod" not in twin._modules:
+                self._update(original, twin)
 
     @property
     def configs(self) -> list[Any]:
@@ -56,25 +56,21 @@ class Twin:
     def _copy(self, original: nn.Module) -> nn.Module:
         if (twin := self._pairs.get(original)) is not None:
             return twin
-        twin = None if self._change is None else self._change(original)
         compiled = original._modules.get("_orig_mod")
-        if twin is None and compiled is not None:  # by torch.compile: it would run the original
+        if compiled is not None:  # by torch.compile: it would run the original
             compiler: Any = getattr(original, "dynamo_ctx", torch.compile)
-            twin = compiler(self._copy(compiled))
-        if twin is None:
-            twin = type(original).__new__(type(original))
-            self._pairs[original] = twin
-            self._update(original, twin)
-            twin._modules = {
-                name: None if child is None else self._copy(child)
-                for name, child in original._modules.items()
-            }
-        self._pairs[original] = twin
+            self._pairs[original] = twin = compiler(self._copy(compiled))
+            return twin
+        kind = self._classes.get(type(original), type(original))
+        self._pairs[original] = twin = kind.__new__(kind)
+        self._update(original, twin)
+        twin._modules = {
+            name: None if child is None else self._copy(child)
+            for name, child in original._modules.items()
+        }
         return twin
 
     def _update(self, original: nn.Module, twin: nn.Module) -> None:
-        if type(twin) is not type(original):  # put in its place
-            return
         attributes = vars(original) | {"_modules": twin.__dict__.get("_modules")}
         if (config := attributes.get("config")) is not None:
             if id(config) not in self._configs:
@@ -88,3 +84,16 @@ class Twin:
             attributes["forward"] = types.MethodType(forward.__func__, twin)
         twin.__dict__.clear()  # of what the original has no more
         twin.__dict__.update(attributes)
+
+
+def with_layers(root: nn.Module, path: str, layers: list[nn.Module]) -> nn.Module:
+    """The module with other layers in the list at this path, and all else shared."""
+    name, _, rest = path.partition(".")
+    child = getattr(root, name)
+    twin = type(root).__new__(type(root))
+    twin.__dict__.update(vars(root))
+    layered = with_layers(child, rest, layers) if rest else nn.ModuleList(layers)
+    twin._modules = root._modules | {name: layered}
+    # A forward set on the instance is bound to the original, with all its layers.
+    twin.__dict__.pop("forward", None)
+    return twin

@@ -1,0 +1,70 @@
+"""Linear layers whose products are made once for two passes.
+
+Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``D`` inputs, ``F`` outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr.torch.functional import in_autocast_dtype
+
+
+class RowLinear(nn.Linear):
+    """Keeps its outputs at some positions in one pass, and gives them out in the next.
+
+    The next pass computes the selected positions with gradient: the product is there already, and
+    its backward pass is the usual one. It shares the parameters of a linear layer, whose place it
+    takes in a :class:`~cggr.torch.twin.Twin`.
+
+    Attributes:
+        index_BC: Positions to keep outputs of; None outside of the first pass.
+        kept: Outputs ``(B, C, F)`` in the order of the calls.
+    """
+
+    index_BC: Tensor | None
+    kept: tuple[Tensor, ...]
+
+    def forget(self) -> None:
+        """The state between steps, also of a layer that was not made by its constructor."""
+        vars(self).update(index_BC=None, kept=())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input weight^T + bias``: ``(B, S, D)`` to ``(B, S, F)``, or ``C`` in place of ``S``."""
+        if self.index_BC is None and self.kept:
+            output_BCF, *others = self.kept
+            self.kept = tuple(others)
+            x_BCD, weight_FD, bias_F = in_autocast_dtype(input, self.weight, self.bias)
+            known: Tensor = _KnownProduct.apply(x_BCD, weight_FD, bias_F, output_BCF)
+            return known
+        output = super().forward(input)
+        if self.index_BC is not None:
+            index_BCF = self.index_BC[:, :, None].expand(-1, -1, output.shape[2])
+            self.kept = (*self.kept, output.gather(1, index_BCF))
+        return output
+
+
+class _KnownProduct(torch.autograd.Function):
+    """``x weight^T + bias`` that is there already, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BCD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, output_BCF: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_BCD, weight_FD)
+        return output_BCF.view_as(output_BCF)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BCF,) = gradients
+        x_BCD, weight_FD = ctx.saved_tensors
+        gradient_RF = gradient_BCF.flatten(0, -2)
+        return (
+            gradient_BCF @ weight_FD if ctx.needs_input_grad[0] else None,
+            gradient_RF.T @ x_BCD.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            gradient_RF.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            None,
+        )
