@@ -63,8 +63,9 @@ def masks(monkeypatch):
 
 
 @jax.default_matmul_precision("float32")  # not a GPU's own default
-@pytest.mark.parametrize("scoring", ["combined", "loss"])
-@pytest.mark.parametrize("rule", truth.SELECTIONS)
+@pytest.mark.parametrize(
+    ("rule", "scoring"), [*((rule, "combined") for rule in truth.SELECTIONS), ("topk", "loss")]
+)
 def test_masks_losses_and_gradients_agree(rule, scoring, masks):
     options = {
         "selection": rule,
