@@ -247,9 +247,29 @@ def race(
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Folder with the modules of cggr 0.5.0, to compare with.",
     ),
+    click.option(
+        "--case",
+        "cases",
+        type=click.IntRange(min=1),
+        multiple=True,
+        metavar="NUMBER",
+        help="A shape to measure, by its number; repeatable. All of them otherwise.",
+    ),
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="TEXT",
+        help="Measure contestants whose name contains it; repeatable.",
+    ),
 )
 def bench(
-    names: tuple[str, ...], listing: bool, quick: bool, out: Path, cggr_050: Path | None
+    names: tuple[str, ...],
+    listing: bool,
+    quick: bool,
+    out: Path,
+    cggr_050: Path | None,
+    cases: tuple[int, ...],
+    only: tuple[str, ...],
 ) -> None:
     """Measure the kernels and losses on a CUDA device, against the peers that are installed.
 
@@ -261,7 +281,7 @@ def bench(
             table.add_row(*row)
         Console().print(table, highlight=False)
         return
-    settings = BenchSettings(quick=quick, cggr_050=cggr_050)
+    settings = BenchSettings(quick=quick, cggr_050=cggr_050, cases=cases, only=only)
     from cggr.bench.main import run_benchmarks
 
     run_benchmarks(names, settings, out, Console())

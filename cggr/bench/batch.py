@@ -32,8 +32,8 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
     rows: list[dict[str, Any]] = []
     failures: dict[str, Failure] = {}
     for way in ways(settings):
-        if way.mode != "eager":  # it would compile, or be captured, for every batch
-            continue
+        if way.mode != "eager" or not settings.wants(way.name):
+            continue  # what is compiled or captured would be so for every batch
         progress(way.name)
         with reported(way.name, failures, may_fail=not way.name.startswith("token")):
             batch = in_own_process(largest_batch, way.name, case, settings)

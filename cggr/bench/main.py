@@ -111,7 +111,7 @@ def run_benchmark(
     """Runs one benchmark; the file is written after every case, for all that was measured."""
     import torch
 
-    cases = benchmark.cases[:1] if settings.quick else benchmark.cases
+    cases = settings.chosen(benchmark.cases)
     found: list[dict[str, Any]] = []
     for number, case in enumerate(cases, start=1):
         title = f"{name} {number} of {len(cases)}: {case.title}"

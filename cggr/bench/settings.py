@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 BENCHMARKS = {
     "statistics": "of logits, against a loop that reads, PyTorch, cggr 0.5.0",
@@ -14,6 +16,9 @@ BENCHMARKS = {
     "batch": "the largest whose step fits into 12 GiB",
     "jax_statistics": "of logits, from JAX against from PyTorch",
 }
+
+
+AnyCase = TypeVar("AnyCase", bound="Case")
 
 
 class BenchError(Exception):
@@ -51,11 +56,15 @@ class BenchSettings:
         quick: Few rounds, and the first shape only.
         cggr_050: Folder with the modules of cggr 0.5.0, which cannot be installed beside this one.
         seed: Of the random inputs.
+        cases: Numbers of the shapes to measure, from 1; all, or the first if quick, when empty.
+        only: Parts of the names of the contestants to measure; all when empty.
     """
 
     quick: bool = False
     cggr_050: Path | None = None
     seed: int = 0
+    cases: tuple[int, ...] = ()
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cggr_050 is not None and not (self.cggr_050 / "triton_kernels.py").is_file():
@@ -69,12 +78,31 @@ class BenchSettings:
         """Turns of every contestant; their median counts."""
         return 3 if self.quick else 20
 
+    def wants(self, contestant: str) -> bool:
+        """Whether a contestant of this name is to be measured."""
+        return not self.only or any(part in contestant for part in self.only)
+
+    def chosen(self, cases: Sequence[AnyCase]) -> Sequence[AnyCase]:
+        """The shapes that are to be measured.
+
+        Raises:
+            BenchError: There is no shape of a number that was asked for.
+        """
+        for number in self.cases:
+            if number > len(cases):
+                raise BenchError(f"--case {number}: there are {len(cases)} shapes")
+        if self.cases:
+            return [cases[number - 1] for number in self.cases]
+        return cases[:1] if self.quick else cases
+
     def to_json(self) -> dict[str, object]:
         """The settings as plain values."""
         return {
             "quick": self.quick,
             "rounds": self.rounds,
             "seed": self.seed,
+            "cases": self.cases or None,
+            "only": self.only or None,
             "with_cggr_050": self.cggr_050 is not None,
             "CGGR_IMPLEMENTATION": os.environ.get("CGGR_IMPLEMENTATION"),
         }

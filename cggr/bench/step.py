@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from cggr.bench.statistics import load_050
 from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of
 from cggr.torch import CGGRModel, create_truncated_router
 
-RATIOS = (0.25, 0.10)
-DENSE, LIGER = "dense", "dense, Liger"
+RATIOS = (0.25, 0.10, 0.50)
+ROUTER_LAYERS = 2  # as in cggr 0.5.0
+MODES = ("eager", "compiled", "graph", "compiled graph")
+DENSE, LIGER, FASTEST = "dense", "dense, Liger", "dense, Liger, compiled"
 
 Step = Callable[[], Tensor]
 
@@ -65,10 +68,16 @@ class StepCase(Case):
         return dataclasses.replace(self, batch=batch, n_rows=batch * self.length)
 
 
+# fmt: off
 CASES = (
     StepCase(16 * 1024, 49152, 576, "bfloat16", "SmolLM-135M", 16, 30, 9, 3, 1536),
     StepCase(8 * 1024, 49152, 2048, "bfloat16", "SmolLM-1.7B", 8, 24, 32, 32, 8192),
+    StepCase(16 * 1024, 49152, 960, "bfloat16", "SmolLM-360M", 16, 32, 15, 5, 2560),
+    StepCase(8 * 1024, 49152, 2048, "bfloat16", "SmolLM-1.7B", 2, 24, 32, 32, 8192),
+    StepCase(16 * 1024, 49152, 2048, "bfloat16", "SmolLM-1.7B", 1, 24, 32, 32, 8192),
+    StepCase(8 * 1024, 32000, 4096, "bfloat16", "8 layers of Llama-2-7B", 2, 8, 32, 32, 11008),
 )
+# fmt: on
 
 
 def make_model(case: StepCase, seed: int, device: str = "cuda") -> Any:
@@ -100,26 +109,43 @@ def _plain(model: Any, ids: Tensor) -> Step:
 def _liger(compiled: bool, model: Any, ids: Tensor) -> Step:
     loss_of = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
     criterion = loss_of()
-    base = torch.compile(model.model, dynamic=False) if compiled else model.model
 
-    def step() -> Tensor:
-        hidden = base(ids)[0][:, :-1]
-        loss: Tensor = criterion(
-            model.lm_head.weight, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = criterion(
+            weight, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         )
-        return loss
+        return result
 
-    return step
+    return _headed(loss, compiled, model, ids)
 
 
-def _cggr(split: str, ratio: float, compiled: bool, model: Any, ids: Tensor) -> Step:
+def _cut_cross_entropy(model: Any, ids: Tensor) -> Step:
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return _headed(loss, True, model, ids)
+
+
+def _headed(loss: Callable[..., Tensor], compiled: bool, model: Any, ids: Tensor) -> Step:
+    """The step of a loss of hidden states, the head's weight and targets."""
+    base = torch.compile(model.model, dynamic=False) if compiled else model.model
+    return lambda: loss(base(ids)[0][:, :-1], model.lm_head.weight, ids[:, 1:])
+
+
+def _cggr(
+    split: str,
+    ratio: float,
+    compiled: bool,
+    model: Any,
+    ids: Tensor,
+    *,
+    rule: str = "stratified",
+    routed: bool = False,
+) -> Step:
     inner: Any = torch.compile(model, dynamic=False) if compiled else model
     wrapped = CGGRModel(
         inner,
-        # The same as cggr 0.5.0's; the token split scores with its own first pass.
-        create_truncated_router(model, num_layers=2) if split == "sequence" else None,
+        create_truncated_router(model, ROUTER_LAYERS) if routed else None,
         split=split,
-        selection="stratified",
+        selection=rule,
         capacity="static",
         min_tokens_ratio=ratio,
         warmup_steps=0,
@@ -162,7 +188,7 @@ class Way(NamedTuple):
     Attributes:
         name: As the report calls it.
         make: From a model and its inputs to a function that computes the loss.
-        mode: Which executes it: eager, compiled, or graph, for one CUDA graph.
+        mode: Which executes it: eager, compiled, graph (one CUDA graph), or compiled graph.
     """
 
     name: str
@@ -172,20 +198,21 @@ class Way(NamedTuple):
 
 def ways(settings: BenchSettings) -> tuple[Way, ...]:
     """All that are compared, the dense step first."""
-    token = [(f"token, ratio {r:g}", functools.partial(_cggr, "token", r)) for r in RATIOS]
-    return (
+    quarter = functools.partial(_cggr, "sequence", 0.25, False)
+    found = [
         Way(DENSE, _plain),
         Way(LIGER, functools.partial(_liger, False)),
-        Way("dense, compiled, Liger", functools.partial(_liger, True), "compiled"),
+        Way("dense, Liger, compiled", functools.partial(_liger, True), "compiled"),
+        Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
-        Way("sequence, ratio 0.25", functools.partial(_cggr, "sequence", 0.25, False)),
-        *(Way(name, functools.partial(make, False)) for name, make in token),
-        *(
-            Way(f"{name}, compiled", functools.partial(make, True), "compiled")
-            for name, make in token
-        ),
-        *(Way(f"{name}, graph", functools.partial(make, False), "graph") for name, make in token),
-    )
+        Way("random sequences, ratio 0.25", functools.partial(quarter, rule="random")),
+        Way("sequence, ratio 0.25", functools.partial(quarter, routed=True)),
+    ]
+    for ratio, mode, routed in itertools.product(RATIOS, MODES, (False, True)):
+        name = f"token, {f'{ROUTER_LAYERS} layers score, ' if routed else ''}ratio {ratio:g}"
+        make = functools.partial(_cggr, "token", ratio, "compiled" in mode, routed=routed)
+        found.append(Way(name if mode == "eager" else f"{name}, {mode}", make, mode))
+    return tuple(found)
 
 
 def make_ids(case: StepCase, seed: int, device: torch.device) -> Tensor:
@@ -204,7 +231,7 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
     ids = make_ids(case, settings.seed, model.device)
 
     def contestant(way: Way) -> Contestant:
-        graph = way.mode == "graph"
+        graph = way.mode.endswith("graph")
 
         def prepare() -> Call:
             loss_of = way.make(model, ids)
@@ -239,6 +266,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for row in by_name.values():
         if DENSE in by_name:
             row["to_dense"] = row["ms"] / by_name[DENSE]["ms"]
+        if FASTEST in by_name:
+            row["to_compiled"] = row["ms"] / by_name[FASTEST]["ms"]
         if "peak_bytes" in row and LIGER in by_name:
             row["memory_to_liger"] = row["peak_bytes"] / by_name[LIGER]["peak_bytes"]
 
@@ -249,6 +278,7 @@ BENCHMARK = Benchmark(
     columns=(
         *TIMES,
         Column("of dense", number("to_dense", ".3f")),
+        Column("of compiled", number("to_compiled", ".3f")),
         Column("peak GiB", number("peak_bytes", ".2f", 2**30)),
         Column("of Liger's", number("memory_to_liger", ".3f")),
         Column("loss", number("loss", ".3f")),

@@ -135,6 +135,7 @@ def measure(
         settings: Says how many rounds.
         progress: Is told what happens.
     """
+    contestants = [one for one in contestants if settings.wants(one.name)]
     racers: dict[str, _Racer] = {}
     failures: dict[str, Failure] = {}
     for contestant in contestants:
