@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import re
+import types
 
 import models
 import numpy as np
@@ -486,13 +487,14 @@ def test_a_router_of_first_layers_is_the_beginning_of_the_first_pass(
     wrapped = CGGRModel(
         model, router, selection="stratified", min_tokens_ratio=0.4, capacity=capacity, **OFF
     )
-    ran = collections.Counter()
+    ids = models.token_ids(3, 12)
+    labels = models.labels_for(name, ids)
+    check_step(wrapped, model, name, selections, labels, input_ids=ids)
+    ran = collections.Counter()  # by hooks, with which every pass makes its own products
     for i, layer in enumerate(models.base_of(model).modules()):
         if type(layer).__name__.endswith(("Layer", "Block")):
             hook = functools.partial(lambda i, *_: ran.update([i]), i)
             layer.register_forward_hook(hook)
-    ids = models.token_ids(3, 12)
-    labels = models.labels_for(name, ids)
     check_step(wrapped, model, name, selections, labels, input_ids=ids)
     # Twice in the step, by either pass, and once in the reference.
     assert set(ran.values()) == {3}
@@ -552,9 +554,13 @@ def count_products():
         yield shapes
 
 
-@pytest.mark.parametrize("reason", ["dropout", "checkpointing"])
-def test_passes_that_differ_make_their_own_products(reason, monkeypatch):
+@pytest.mark.parametrize("reason", ["dropout", "checkpointing", "hook", "attention"])
+def test_passes_that_differ_make_their_own_products(reason):
     model = build("gpt_neox", hidden_dropout=0.5 if reason == "dropout" else 0.0)
+    if reason == "hook":  # such as NEFTune's
+        model.get_input_embeddings().register_forward_hook(lambda _, __, x: x + torch.rand_like(x))
+    if reason == "attention":
+        model.gpt_neox.layers[1].attention.attention_dropout = 0.5
     if reason == "checkpointing":
         enable_checkpointing(model, False)
     wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
@@ -563,6 +569,82 @@ def test_passes_that_differ_make_their_own_products(reason, monkeypatch):
         loss = wrapped(ids, labels=ids)
     assert {shape[1] for shape in products} == {12, 5}
     loss.backward()
+
+
+def _shares_an_mlp(model):
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    return model
+
+
+def _dora(model):
+    return lora(model, target_modules=["q_proj", "v_proj"], use_dora=True)
+
+
+def _adalora(model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def _flat(model):
+    """A layer whose linear layers are given all sequences in one."""
+    mlp, forward = model.model.layers[1].mlp, type(model.model.layers[1].mlp).forward
+
+    def flat(self, x):
+        return forward(self, x.reshape(1, -1, x.shape[2])).view(x.shape)
+
+    mlp.forward = types.MethodType(flat, mlp)
+    return model
+
+
+def _replaced_forward(model):
+    layer = model.model.layers[1]
+    old = layer.forward
+    layer.forward = lambda *args, **kwargs: old(*args, **kwargs)
+    return model
+
+
+def _own_config(model):
+    model.model.layers[0].mlp.config = {"a": 1}
+    return model
+
+
+@of_peft
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    "change", [_shares_an_mlp, _dora, _adalora, _flat, _replaced_forward, _own_config]
+)
+def test_products_that_are_kept_change_nothing(change, depth, monkeypatch):
+    model = build("llama", "sdpa")
+    trained = change(model)
+    router = create_truncated_router(model, 1) if depth else None
+    rule = "stratified" if depth else "random"
+    ids, found = models.token_ids(3, 12), []
+    for anew in (False, True):
+        if anew:
+            monkeypatch.setattr(TokenSplit, "_repeats_itself", lambda self: False)
+        wrapped = CGGRModel(trained, router, selection=rule, min_tokens_ratio=0.4, **OFF)
+        loss = wrapped(ids, labels=ids)
+        loss.backward()
+        found.append((loss.item(), gradients(trained)))
+        trained.zero_grad()
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert_same_gradients(found[0][1], found[1][1], 1e-5)
+
+
+def test_a_step_that_failed_leaves_no_products():
+    model = build("llama")
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 12)
+    wrapped(ids, labels=ids)
+    linears = wrapped._token_split._row_linears(0)
+    assert linears
+    for linear in linears:
+        linear.kept = (torch.full((3, 5, linear.out_features), torch.nan),)
+    recorded = wrapped._token_split.record({"input_ids": ids}, ids.shape, synchronise=True, depth=0)
+    index = torch.arange(5).expand(3, 5).contiguous()
+    wrapped._token_split.finish(recorded, 0, index)
+    assert all(len(linear.kept) == 1 and linear.kept[0].isfinite().all() for linear in linears)
 
 
 @pytest.mark.parametrize("selection", ["stratified", "importance"])

@@ -394,6 +394,8 @@ class CGGRModel(nn.Module):
         if self._needs_no_score:
             return torch.zeros(targets.shape, device=targets.device), {}
         router = self.scorer.router
+        if self._scores_itself and self._token_split is not None:
+            router = self._token_split.router  # of the model as it is now
         if hidden is not None and isinstance(router, TruncatedRouter):
             scores = self.scorer.score_hidden(
                 router, hidden.detach(), targets, reference_nll, model_inputs

@@ -22,28 +22,33 @@ class RowLinear(nn.Linear):
 
     Attributes:
         index_BC: Positions to keep outputs of; None outside of the first pass.
-        kept: Outputs ``(B, C, F)`` in the order of the calls.
+        length: S of the first pass.
+        kept: Outputs ``(B, C, F)`` in the order of the calls; None of what has no positions.
     """
 
     index_BC: Tensor | None
-    kept: tuple[Tensor, ...]
+    length: int
+    kept: tuple[Tensor | None, ...]
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""
-        vars(self).update(index_BC=None, kept=())
+        vars(self).update(index_BC=None, length=0, kept=())
 
     def forward(self, input: Tensor) -> Tensor:
         """``input weight^T + bias``: ``(B, S, D)`` to ``(B, S, F)``, or ``C`` in place of ``S``."""
         if self.index_BC is None and self.kept:
             output_BCF, *others = self.kept
             self.kept = tuple(others)
-            x_BCD, weight_FD, bias_F = in_autocast_dtype(input, self.weight, self.bias)
-            known: Tensor = _KnownProduct.apply(x_BCD, weight_FD, bias_F, output_BCF)
-            return known
+            if output_BCF is not None and output_BCF.shape[:-1] == input.shape[:-1]:
+                x_BCD, weight_FD, bias_F = in_autocast_dtype(input, self.weight, self.bias)
+                known: Tensor = _KnownProduct.apply(x_BCD, weight_FD, bias_F, output_BCF)
+                return known
         output = super().forward(input)
-        if self.index_BC is not None:
-            index_BCF = self.index_BC[:, :, None].expand(-1, -1, output.shape[2])
-            self.kept = (*self.kept, output.gather(1, index_BCF))
+        if (index_BC := self.index_BC) is not None:
+            output_BCF = None
+            if output.dim() == 3 and output.shape[:2] == (index_BC.shape[0], self.length):
+                output_BCF = output.gather(1, index_BC[:, :, None].expand(-1, -1, output.shape[2]))
+            self.kept = (*self.kept, output_BCF)
         return output
 
 
@@ -55,7 +60,7 @@ class _KnownProduct(torch.autograd.Function):
         ctx: Any, x_BCD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, output_BCF: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_BCD, weight_FD)
-        return output_BCF.view_as(output_BCF)
+        return output_BCF.clone()  # no view: it may be written to
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

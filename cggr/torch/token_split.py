@@ -64,15 +64,8 @@ _ADAPTERS = (
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
 # What some models ask of their layers.
 _LAYER_ATTRIBUTES = ("attention_type", "layer_type")
-_DROPOUTS = (
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "attn_pdrop",
-    "embd_pdrop",
-    "hidden_dropout",
-    "hidden_dropout_prob",
-    "resid_pdrop",
-)
+# Where layers of transformers and peft keep a probability, or one for each adapter.
+_DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
 # Where a class may have its forward from: theirs, and Liger's, which computes the same.
 _KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
 _SHAPES = {
@@ -240,7 +233,10 @@ class TokenSplit:
             self._twin = Twin(self.router.base, _CLASSES)
         else:
             self._twin.refresh()
-        self._group = share_heads(self._twin.configs)
+        self._group = 1 if self._twin.bypassed() else share_heads(self._twin.configs)
+        self._forget()
+
+    def _forget(self) -> None:
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
                 module.forget()
@@ -300,8 +296,9 @@ class TokenSplit:
             resumed: list[nn.Module] = [_Resumed(kept, layer) for layer in layers[:depth]]
             base = with_layers(base, self.router.layers_path, [*resumed, *layers[depth:]])
         linears = self._row_linears(depth) if self._repeats_itself() else []
+        self._forget()  # of a step that failed
         for linear in linears:
-            linear.index_BC = index_BC
+            linear.index_BC, linear.length = index_BC, recorded.positions_BS.shape[1]
         try:
             with torch.no_grad(), self._first_pass(index_BC.device):
                 self._base(recorded.first, base)
@@ -431,18 +428,26 @@ class TokenSplit:
         return list(cast(nn.ModuleList, self._twin.root.get_submodule(self.router.layers_path)))
 
     def _row_linears(self, depth: int) -> list[RowLinear]:
-        modules = (module for layer in self._layers[depth:] for module in layer.modules())
-        return [module for module in modules if isinstance(module, RowLinear)]
+        """Those of the layers from `depth` on, and of no other layer."""
+        layers = self._layers
+        others = {module for layer in layers[:depth] for module in layer.modules()}
+        modules = (module for layer in layers[depth:] for module in layer.modules())
+        return [m for m in modules if isinstance(m, RowLinear) and m not in others]
 
     def _repeats_itself(self) -> bool:
-        """Whether the second pass computes what the first one did, and once only."""
-        root: Any = self._twin.root
-        dropout = any(getattr(root.config, name, 0) for name in _DROPOUTS) or any(
-            isinstance(module, nn.Dropout) and module.p for module in root.modules()
+        """Whether the second pass computes what the first one did, and once only.
+
+        Not if anything may be drawn anew, such as by a hook; checkpointed layers run again, by
+        whomever they are wrapped.
+        """
+        return not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or (module.training and _draws(module))
+            or getattr(module, "gradient_checkpointing", False)
+            or type(module).__name__ == "CheckpointWrapper"
+            for module in self._twin.root.modules()
         )
-        # Checkpointed layers run again, by whomever they are wrapped.
-        wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in root.modules())
-        return not (dropout and root.training) and not self._checkpointed() and not wrapped
 
     def _base(self, inputs: dict[str, Any], base: nn.Module | None = None) -> Tensor:
         """Final hidden states, by the model without head."""
@@ -540,6 +545,13 @@ class TokenSplit:
     def _checkpointed(self) -> list[nn.Module]:
         modules = self._twin.root.modules()
         return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+
+def _draws(module: nn.Module) -> bool:
+    if "Dropout" in type(module).__name__ and getattr(module, "p", True):
+        return True
+    found: list[Any] = [getattr(module, name, None) for name in _DROPOUTS]
+    return any(any(x.values()) if isinstance(x, dict) else x for x in found)
 
 
 def _is_layer(module: nn.Module) -> bool:

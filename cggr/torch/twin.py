@@ -50,8 +50,17 @@ class Twin:
         """The configurations of the copies, as they were before anything was set on them."""
         return [ours for _, ours in self._configs.values()]
 
-    def _structure(self) -> list[int]:
-        return [id(module) for module in self.original.modules()]
+    def bypassed(self) -> bool:
+        """Whether a module has a forward of its own that may run the original in its place."""
+        return any(
+            "forward" in vars(twin) and getattr(vars(twin)["forward"], "__self__", None) is not twin
+            for twin in self._pairs.values()
+            if "_orig_mod" not in twin._modules
+        )
+
+    def _structure(self) -> list[tuple[str, int, type[nn.Module]]]:
+        named = self.original.named_modules(remove_duplicate=False)
+        return [(name, id(module), type(module)) for name, module in named]
 
     def _copy(self, original: nn.Module) -> nn.Module:
         if (twin := self._pairs.get(original)) is not None:
@@ -72,7 +81,8 @@ class Twin:
 
     def _update(self, original: nn.Module, twin: nn.Module) -> None:
         attributes = vars(original) | {"_modules": twin.__dict__.get("_modules")}
-        if (config := attributes.get("config")) is not None:
+        config = attributes.get("config")
+        if hasattr(config, "_attn_implementation"):  # of transformers
             if id(config) not in self._configs:
                 self._configs[id(config)] = config, copy.copy(config)
             attributes["config"] = self._configs[id(config)][1]
