@@ -1040,6 +1040,18 @@ def test_a_model_compiled_in_place_is_run_compiled(monkeypatch):
     assert type(compiled[0]) is type(model.model)
 
 
+def check_packed(model, selections):
+    """A step on packed sequences against the losses of transformers' own forward."""
+    ids = models.token_ids(2, 12)
+    positions = (torch.arange(12) % 6).expand(2, 12)
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
+    loss = wrapped(ids, labels=ids, position_ids=positions)
+    with torch.no_grad():  # without a cache, as its users train it
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        nll = token_losses(model, shifted("llama", ids), **inputs)
+    assert loss.item() == pytest.approx(nll[selections[0].mask].mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["falcon", "bert"])
 def test_models_that_do_not_separate_packed_sequences_do_not_here(name, selections):
     if name == "falcon":
@@ -1056,29 +1068,14 @@ def test_models_that_do_not_separate_packed_sequences_do_not_here(name, selectio
             attention_probs_dropout_prob=0.0,
         )
         model = transformers.BertLMHeadModel(config).train()
-    ids = models.token_ids(2, 12)
-    positions = (torch.arange(12) % 6).expand(2, 12)
-    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
-    loss = wrapped(ids, labels=ids, position_ids=positions)
-    with torch.no_grad():  # without a cache, as its users train it
-        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-        nll = token_losses(model, shifted("llama", ids), **inputs)
-    assert loss.item() == pytest.approx(nll[selections[0].mask].mean().item(), rel=1e-5)
+    check_packed(model, selections)
 
 
 @pytest.mark.parametrize(
     "name", ["llama", "mistral", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox"]
 )
 def test_packed_losses_are_those_of_transformers(name, selections):
-    model = build(name)
-    ids = models.token_ids(2, 12)
-    positions = (torch.arange(12) % 6).expand(2, 12)
-    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.4, **OFF)
-    loss = wrapped(ids, labels=ids, position_ids=positions)
-    with torch.no_grad():
-        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-        nll = token_losses(model, shifted("llama", ids), **inputs)
-    assert loss.item() == pytest.approx(nll[selections[0].mask].mean().item(), rel=1e-5)
+    check_packed(build(name), selections)
 
 
 def test_heads_that_share_their_values():

@@ -6,6 +6,7 @@ that of PyTorch's allocator: weights and gradients are in it, the CUDA context i
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
 import gc
 import multiprocessing
@@ -77,14 +78,7 @@ def step_fits(make: Callable[[Any, Tensor], Step], model: Any, ids: Tensor) -> b
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number in ``[0, limit]`` that fits, if all below one that fits do too."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
 
 
 def compare(rows: list[dict[str, Any]]) -> None:

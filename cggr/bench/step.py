@@ -156,7 +156,7 @@ def _cggr(
 
 def _cggr_050(folder: Path | None, model: Any, ids: Tensor) -> Step:
     module = load_050(folder, "cggr")
-    router = module.create_truncated_router(model, num_layers=2)
+    router = module.create_truncated_router(model, num_layers=ROUTER_LAYERS)
     wrapped = module.CGGRModel(model, router=router, min_tokens_ratio=0.25, warmup_steps=0)
     wrapped = wrapped.to(ids.device)
     return lambda: wrapped(ids, labels=ids)
@@ -202,7 +202,7 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
     found = [
         Way(DENSE, _plain),
         Way(LIGER, functools.partial(_liger, False)),
-        Way("dense, Liger, compiled", functools.partial(_liger, True), "compiled"),
+        Way(FASTEST, functools.partial(_liger, True), "compiled"),
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
         Way("random sequences, ratio 0.25", functools.partial(quarter, rule="random")),

@@ -155,9 +155,7 @@ class _Kept(nn.Module):
         super().__init__()
         self.layer = layer
         self.output: Any = None
-        for name in _LAYER_ATTRIBUTES:
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        _look_like(self, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self.layer(*args, **kwargs)
@@ -170,12 +168,16 @@ class _Resumed(nn.Module):
     def __init__(self, kept: _Kept, layer: nn.Module) -> None:
         super().__init__()
         self._kept = (kept,)
-        for name in _LAYER_ATTRIBUTES:
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        _look_like(self, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._kept[0].output
+
+
+def _look_like(module: nn.Module, layer: nn.Module) -> None:
+    for name in _LAYER_ATTRIBUTES:
+        if hasattr(layer, name):
+            setattr(module, name, getattr(layer, name))
 
 
 class Recorded(NamedTuple):
