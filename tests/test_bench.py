@@ -450,6 +450,7 @@ def measured_on_cpu(name, case, **implementation):
         "TRITON_INTERPRET": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
         **implementation,
     }
     command = [sys.executable, "-c", ON_CPU, name, repr(case)]

@@ -88,6 +88,8 @@ def bytes_in_use():
 
 @pytest.mark.float64  # of the scaler, and where it is compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are not wanted here
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft sets it
 @of_peft
 @pytest.mark.parametrize(("name", "way"), COMBINATIONS, ids=map("-".join, COMBINATIONS))
 def test_it_learns_and_leaves_nothing(name, way):

@@ -133,6 +133,8 @@ class CGGRModel(nn.Module):
             self._rule = dataclasses.replace(config, selection="topk")
         else:
             self._rule = config
+        if self._token_split is not None:
+            self._prepare(self._token_split)
 
     @property
     def config(self) -> RoutingConfig:
@@ -144,7 +146,12 @@ class CGGRModel(nn.Module):
         super().train(mode)
         if self._token_split is not None:
             self._token_split.refresh()
+            self._prepare(self._token_split)
         return self
+
+    def _prepare(self, split: TokenSplit) -> None:
+        if depth := self._scoring_depth():
+            split.cut(depth)
 
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""

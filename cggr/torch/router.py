@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from cggr.torch.twin import with_layers
+from cggr.torch.twin import Relayered
 
 
 class Layout(NamedTuple):
@@ -172,7 +172,7 @@ class TruncatedRouter(nn.Module):
     def _truncate(self) -> None:
         base, path = self.base, self.layers_path
         layers = list(_part_of(base, path))[: self.num_layers]
-        self._truncated = (with_layers(base, path, layers),)
+        self._truncated = (Relayered(base, path, layers).root,)
 
     def _part(self, path: str) -> Any:
         part = _part_of(self.source, path)

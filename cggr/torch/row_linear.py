@@ -32,7 +32,7 @@ class RowLinear(nn.Linear):
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""
-        vars(self).update(index_BC=None, length=0, kept=())
+        self.index_BC, self.length, self.kept = None, 0, ()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input weight^T + bias``: ``(B, S, D)`` to ``(B, S, F)``, or ``C`` in place of ``S``."""

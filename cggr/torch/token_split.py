@@ -30,7 +30,7 @@ from cggr.torch.router import (
 )
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.selected import SelectedRows
-from cggr.torch.twin import Twin, with_layers
+from cggr.torch.twin import Relayered, Twin
 
 _SCAN = "its layers scan the whole sequence, of which a part is not defined"
 _ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
@@ -167,11 +167,22 @@ class _Resumed(nn.Module):
 
     def __init__(self, kept: _Kept, layer: nn.Module) -> None:
         super().__init__()
-        self._kept = (kept,)
+        self._kept = (kept,)  # not as a part of this module
         _look_like(self, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._kept[0].output
+
+
+class _Cut:
+    """A model cut in two, after some of its layers."""
+
+    def __init__(self, base: nn.Module, path: str, depth: int) -> None:
+        layers = list(cast(nn.ModuleList, base.get_submodule(path)))
+        self.base, self.last = base, _Kept(layers[depth - 1])
+        resumed: list[nn.Module] = [_Resumed(self.last, layer) for layer in layers[:depth]]
+        self.beginning = Relayered(base, path, [*layers[: depth - 1], self.last])
+        self.rest = Relayered(base, path, [*resumed, *layers[depth:]])
 
 
 def _look_like(module: nn.Module, layer: nn.Module) -> None:
@@ -193,7 +204,7 @@ class Recorded(NamedTuple):
         positions_BS: int64 position of every token.
         key_BS: Which tokens can be attended to; None if all can.
         segment_BS: Number of the packed sequence that a token belongs to; None if there is one.
-        kept: The last layer that ran, where others are to follow.
+        kept: What the last layer that ran gave, where others are to follow.
     """
 
     hidden_BSD: Tensor | None
@@ -204,7 +215,7 @@ class Recorded(NamedTuple):
     positions_BS: Tensor
     key_BS: Tensor | None
     segment_BS: Tensor | None
-    kept: _Kept | None
+    kept: Any
 
 
 class TokenSplit:
@@ -223,7 +234,8 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = _compiler_of(model)
-        self._compiled: tuple[nn.Module, Any] | None = None
+        self._compiled: dict[nn.Module, Any] = {}
+        self._cuts: dict[int, _Cut] = {}
         self._twin = Twin(self.router.base, _CLASSES)
         self.refresh()
 
@@ -231,17 +243,26 @@ class TokenSplit:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
         from cggr.torch.row_attention import share_heads
 
+        before = self._twin.root
         if self._twin.original is not self.router.base:
             self._twin = Twin(self.router.base, _CLASSES)
         else:
             self._twin.refresh()
+        if self._twin.root is not before:
+            self._cuts, self._compiled = {}, {}
         self._group = 1 if self._twin.bypassed() else share_heads(self._twin.configs)
-        self._forget()
-
-    def _forget(self) -> None:
+        for cut in self._cuts.values():
+            cut.beginning.refresh()
+            cut.rest.refresh()
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
-                module.forget()
+                module.forget()  # the products of a step that failed
+
+    def cut(self, depth: int) -> _Cut:
+        """The model cut after so many layers, made once, as compilers could not make it."""
+        if depth not in self._cuts:
+            self._cuts[depth] = _Cut(self._twin.root, self.router.layers_path, depth)
+        return self._cuts[depth]
 
     def record(
         self,
@@ -270,14 +291,13 @@ class TokenSplit:
         cache = RowCache()
         first = self._masked(inputs, shape, key_BS, segment_BS, synchronise) | extra
         first["past_key_values"] = cache
-        hidden_BSD, kept, base = None, None, self._twin.root
-        if depth:
-            layers = self._layers[:depth]
-            kept = _Kept(layers[-1])
-            base = with_layers(base, self.router.layers_path, [*layers[:-1], kept])
-        if depth != 0:
-            with torch.no_grad(), self._first_pass(_any_of(inputs).device):
-                hidden_BSD = self._base(first, base)
+        hidden_BSD, kept = None, None
+        if depth is None:
+            hidden_BSD = self._first_pass(first, self._twin.root)
+        elif depth:
+            cut = self.cut(depth)
+            hidden_BSD = self._first_pass(first, cut.beginning.root)
+            kept, cut.last.output = cut.last.output, None
         positions_BS = self._positions(inputs, shape)
         return Recorded(
             hidden_BSD, first, inputs, extra, cache, positions_BS, key_BS, segment_BS, kept
@@ -293,18 +313,19 @@ class TokenSplit:
             depth: Layers that it ran.
             index_BC: int64 positions in ``[0, S)``, each at most once in a sequence.
         """
-        base, layers = self._twin.root, self._layers
-        if (kept := recorded.kept) is not None:
-            resumed: list[nn.Module] = [_Resumed(kept, layer) for layer in layers[:depth]]
-            base = with_layers(base, self.router.layers_path, [*resumed, *layers[depth:]])
         linears = self._row_linears(depth) if self._repeats_itself() else []
-        self._forget()  # of a step that failed
         for linear in linears:
             linear.index_BC, linear.length = index_BC, recorded.positions_BS.shape[1]
+        cut = self.cut(depth) if depth else None
         try:
-            with torch.no_grad(), self._first_pass(index_BC.device):
-                self._base(recorded.first, base)
+            if cut is None:
+                self._first_pass(recorded.first, self._twin.root)
+            else:
+                cut.last.output = recorded.kept
+                self._first_pass(recorded.first, cut.rest.root)
         finally:
+            if cut is not None:
+                cut.last.output = None
             for linear in linears:
                 linear.index_BC = None
 
@@ -335,7 +356,8 @@ class TokenSplit:
 
         selected["attention_mask"] = for_groups(masks, self._group) if self._group > 1 else masks
         with self._second_pass():
-            return self._base(selected | recorded.extra | {"past_key_values": cache})
+            inputs = selected | recorded.extra | {"past_key_values": cache}
+            return self._base(inputs, self._twin.root)
 
     def hidden(
         self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
@@ -350,7 +372,8 @@ class TokenSplit:
 
         dense = self._masked(inputs, shape, *visible, synchronise) | extra
         with self._second_pass():
-            return self._base(dense | {"past_key_values": RowCache(records=False)})
+            inputs = dense | {"past_key_values": RowCache(records=False)}
+            return self._base(inputs, self._twin.root)
 
     def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
         """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
@@ -451,13 +474,12 @@ class TokenSplit:
             for module in self._twin.root.modules()
         )
 
-    def _base(self, inputs: dict[str, Any], base: nn.Module | None = None) -> Tensor:
-        """Final hidden states, by the model without head."""
-        base = self._twin.root if base is None else base
+    def _base(self, inputs: dict[str, Any], base: nn.Module) -> Tensor:
+        """Final hidden states, by a model without head."""
         if self._compile is not None:
-            if self._compiled is None or self._compiled[0] is not base:
-                self._compiled = base, self._compile(base)
-            base = self._compiled[1]
+            if base not in self._compiled:
+                self._compiled[base] = self._compile(base)
+            base = self._compiled[base]
         return call_model(base, inputs | {"use_cache": False})[0]
 
     def _linear_head(self) -> LinearHead | None:
@@ -514,22 +536,24 @@ class TokenSplit:
         embeddings = inputs.get("inputs_embeds", self._source.get_input_embeddings().weight)
         return autocast_dtype(embeddings) or embeddings.dtype
 
-    @contextlib.contextmanager
-    def _first_pass(self, device: torch.device) -> Iterator[None]:
+    def _first_pass(self, inputs: dict[str, Any], base: nn.Module) -> Tensor:
+        """Final hidden states of everything, without gradient."""
         # Weights that autocast converts here would be found in its cache by the second pass,
         # without a gradient, in some versions of torch.
         autocast: Any = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-            autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+        kind = _any_of(inputs).device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            autocast = torch.autocast(kind, dtype=dtype, cache_enabled=False)
         # Nothing is there to be checkpointed, and checkpointed layers would get no cache.
-        with autocast, _attribute("gradient_checkpointing", False, self._checkpointed()):
-            yield
+        checkpointed = _checkpointed(base)
+        with torch.no_grad(), autocast, _attribute("gradient_checkpointing", False, checkpointed):
+            return self._base(inputs, base)
 
     @contextlib.contextmanager
     def _second_pass(self) -> Iterator[None]:
         """With gradient checkpointing, leaves the layers their cache: a replay finds the same."""
-        modules = self._checkpointed()
+        modules = _checkpointed(self._twin.root)
         layers = [module for module in modules if _is_layer(module)]
         if modules and not layers:
             raise ValueError(
@@ -544,9 +568,9 @@ class TokenSplit:
         ):
             yield
 
-    def _checkpointed(self) -> list[nn.Module]:
-        modules = self._twin.root.modules()
-        return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+def _checkpointed(base: nn.Module) -> list[nn.Module]:
+    return [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def _draws(module: nn.Module) -> bool:

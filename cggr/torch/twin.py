@@ -96,14 +96,36 @@ class Twin:
         twin.__dict__.update(attributes)
 
 
-def with_layers(root: nn.Module, path: str, layers: list[nn.Module]) -> nn.Module:
-    """The module with other layers in the list at this path, and all else shared."""
-    name, _, rest = path.partition(".")
-    child = getattr(root, name)
-    twin = type(root).__new__(type(root))
-    twin.__dict__.update(vars(root))
-    layered = with_layers(child, rest, layers) if rest else nn.ModuleList(layers)
-    twin._modules = root._modules | {name: layered}
-    # A forward set on the instance is bound to the original, with all its layers.
-    twin.__dict__.pop("forward", None)
-    return twin
+class Relayered:
+    """A module with other layers in one list of modules, and all else shared.
+
+    Args:
+        root: The module.
+        path: Of the list in it.
+        layers: That are to run instead.
+    """
+
+    def __init__(self, root: nn.Module, path: str, layers: list[nn.Module]) -> None:
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
+        self.original = root
+        self.root = self._copy(root, path, layers)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over what has been changed in the attributes of the originals."""
+        for original, twin in self._pairs:
+            modules = twin._modules
+            twin.__dict__.clear()
+            twin.__dict__.update(vars(original))
+            twin._modules = modules
+            # A forward set on the instance is bound to the original, with all its layers.
+            twin.__dict__.pop("forward", None)
+
+    def _copy(self, original: nn.Module, path: str, layers: list[nn.Module]) -> nn.Module:
+        name, _, rest = path.partition(".")
+        child = getattr(original, name)
+        twin = type(original).__new__(type(original))
+        self._pairs.append((original, twin))
+        layered = self._copy(child, rest, layers) if rest else nn.ModuleList(layers)
+        twin.__dict__["_modules"] = original._modules | {name: layered}
+        return twin
