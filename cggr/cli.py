@@ -258,8 +258,8 @@ def race(
     click.option(
         "--only",
         multiple=True,
-        metavar="TEXT",
-        help="Measure contestants whose name contains it; repeatable.",
+        metavar="PATTERN",
+        help="Measure contestants of this name, like 'token*'; repeatable.",
     ),
 )
 def bench(

@@ -185,7 +185,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on():
 
 def test_only_some_are_measured():
     contestants = [contestant(name, [1.0] * 4) for name in ("dense", "token, graph", "token")]
-    outcomes = measure(contestants, BenchSettings(quick=True, only=("graph", "den")), silent)
+    outcomes = measure(contestants, BenchSettings(quick=True, only=("*graph*", "den*")), silent)
     assert list(outcomes) == ["dense", "token, graph"]
 
 

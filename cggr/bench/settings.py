@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class BenchSettings:
         cggr_050: Folder with the modules of cggr 0.5.0, which cannot be installed beside this one.
         seed: Of the random inputs.
         cases: Numbers of the shapes to measure, from 1; all, or the first if quick, when empty.
-        only: Parts of the names of the contestants to measure; all when empty.
+        only: Names of the contestants to measure, or patterns like ``token*``; all when empty.
     """
 
     quick: bool = False
@@ -80,7 +81,9 @@ class BenchSettings:
 
     def wants(self, contestant: str) -> bool:
         """Whether a contestant of this name is to be measured."""
-        return not self.only or any(part in contestant for part in self.only)
+        return not self.only or any(
+            fnmatch.fnmatchcase(contestant, pattern) for pattern in self.only
+        )
 
     def chosen(self, cases: Sequence[AnyCase]) -> Sequence[AnyCase]:
         """The shapes that are to be measured.

@@ -203,6 +203,7 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         Way(DENSE, _plain),
         Way(LIGER, functools.partial(_liger, False)),
         Way(FASTEST, functools.partial(_liger, True), "compiled"),
+        Way(f"{FASTEST} graph", functools.partial(_liger, True), "compiled graph"),
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
         Way("random sequences, ratio 0.25", functools.partial(quarter, rule="random")),
