@@ -5,6 +5,7 @@ Labels of :class:`CGGRModel` and :class:`CGGRScorer` are Hugging Face style, tho
 """
 
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
+from cggr.torch.captured import CapturedStep
 from cggr.torch.functional import (
     linear_token_statistics,
     select_tokens,
@@ -21,6 +22,7 @@ __all__ = [
     "CGGRLoss",
     "CGGRModel",
     "CGGRScorer",
+    "CapturedStep",
     "RoutingConfig",
     "Selection",
     "TokenStatistics",

@@ -32,6 +32,7 @@ class RoutedModule(nn.Module):
     Attributes:
         selects_all: The ratio is 1 at this step, whatever the batch: the loss is the dense loss,
             to the last bit.
+        latest: Metrics of the last training forward, which :meth:`get_metrics` reads.
     """
 
     step_count: Tensor
@@ -48,7 +49,12 @@ class RoutedModule(nn.Module):
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int32))
         self.register_buffer("draw_count", torch.zeros((), dtype=torch.int32))
         self._set_host_step(0)
-        self._metrics: dict[str, Any] = {}
+        self.latest: dict[str, Any] = {}
+
+    @property
+    def level(self) -> tuple[bool, int]:
+        """All that a forward of static capacity takes from the schedule on the host."""
+        return self.selects_all, self._capacity_ratio
 
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""
@@ -86,7 +92,7 @@ class RoutedModule(nn.Module):
         """
         return {
             name: value.item() if isinstance(value, Tensor) else value
-            for name, value in self._metrics.items()
+            for name, value in self.latest.items()
         }
 
     def follow(self, device: torch.device) -> None:
@@ -122,7 +128,7 @@ class RoutedModule(nn.Module):
             f"avg_{name}": torch.where(eligible, value, 0).sum() / total.clamp(min=1)
             for name, value in scored.items()
         }
-        self._metrics = {
+        self.latest = {
             "step": self.step_count.clone(),
             "token_ratio": ratio[0].to(torch.float32) / ONE,
             "tokens_selected": tokens_selected,
