@@ -469,7 +469,7 @@ class TokenSplit:
             module._forward_hooks
             or module._forward_pre_hooks
             or (module.training and _draws(module))
-            or getattr(module, "gradient_checkpointing", False)
+            or _checkpoints(module)
             or type(module).__name__ == "CheckpointWrapper"
             for module in self._twin.root.modules()
         )
@@ -570,13 +570,18 @@ class TokenSplit:
 
 
 def _checkpointed(base: nn.Module) -> list[nn.Module]:
-    return [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [module for module in base.modules() if _checkpoints(module)]
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    # It is set on instances; getattr takes long for what a module lacks.
+    return bool(vars(module).get("gradient_checkpointing"))
 
 
 def _draws(module: nn.Module) -> bool:
     if "Dropout" in type(module).__name__ and getattr(module, "p", True):
         return True
-    found: list[Any] = [getattr(module, name, None) for name in _DROPOUTS]
+    found: list[Any] = [vars(module).get(name) for name in _DROPOUTS]
     return any(any(x.values()) if isinstance(x, dict) else x for x in found)
 
 

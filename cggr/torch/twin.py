@@ -32,11 +32,16 @@ class Twin:
         self._pairs: dict[nn.Module, nn.Module] = {}
         self._configs: dict[int, tuple[Any, Any]] = {}
         self.root = self._copy(self.original)
-        self._children = self._structure()
+        self._children = [
+            (original, type(original), dict(original._modules)) for original in self._pairs
+        ]
 
     def refresh(self) -> None:
         """Takes over what has been changed in the originals: attributes, modes, modules."""
-        if self._structure() != self._children:
+        if any(
+            type(original) is not kind or original._modules != children
+            for original, kind, children in self._children
+        ):
             self._build()
             return
         for config, ours in self._configs.values():
@@ -57,10 +62,6 @@ class Twin:
             for twin in self._pairs.values()
             if "_orig_mod" not in twin._modules
         )
-
-    def _structure(self) -> list[tuple[str, int, type[nn.Module]]]:
-        named = self.original.named_modules(remove_duplicate=False)
-        return [(name, id(module), type(module)) for name, module in named]
 
     def _copy(self, original: nn.Module) -> nn.Module:
         if (twin := self._pairs.get(original)) is not None:
