@@ -24,6 +24,12 @@ from cggr.kernels.linear_token_statistics import (  # noqa: E402
     linear_sums_kernel,
     linear_token_statistics_launch,
 )
+from cggr.kernels.selected_attention import (  # noqa: E402
+    key_gradient_kernel,
+    query_gradient_kernel,
+    selected_attention_kernel,
+    selected_attention_launches,
+)
 from cggr.kernels.selected_cross_entropy import (  # noqa: E402
     cross_entropy_gradient_kernel,
     cross_entropy_gradient_launch,
@@ -88,6 +94,19 @@ def _check_addresses(ptrs, mask):
     assert inside.all(), f"{(~inside).sum()} addresses outside the rows of every tensor"
 
 
+def _as_rows(x):
+    """One or two dimensions: what is contiguous is one long row."""
+    if x.is_contiguous():
+        return x.reshape(-1)
+    if x.ndim <= 2:
+        return x
+    # Of heads side by side, that lie in as many rows as there are heads at all.
+    assert x.stride(-1) == 1
+    dimensions = zip(x.shape[:-1], x.stride(), strict=False)
+    distance = min((stride for size, stride in dimensions if size > 1), default=x.shape[-1])
+    return x.as_strided((x.shape[:-1].numel(), x.shape[-1]), (distance, 1))
+
+
 def run(kernel, launch, *arguments, rows=None, **overrides):
     """Launch a kernel on tensors and scalars, with some of its constants overridden.
 
@@ -97,8 +116,7 @@ def run(kernel, launch, *arguments, rows=None, **overrides):
     assert not unknown, f"{kernel.__name__} has no constants {sorted(unknown)}"
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     tensors[0] = tensors[0] if rows is None else rows
-    # What is contiguous is one long row.
-    _allowed[:] = [x.reshape(-1) if x.is_contiguous() else x for x in tensors]
+    _allowed[:] = [_as_rows(x) for x in tensors]
     try:
         kernel[launch.grid](
             *arguments,
@@ -280,6 +298,71 @@ def linear_token_statistics(
         )
         run(join_sums_kernel, join_launch, sums, targets_or_any, out, n_rows, splits)
     return _statistics(out, targets is not None)
+
+
+def heads_of(values, gap):
+    """Values (B, H, C, W) that lie as (B, C, H, W + gap), the gap and all around full of NaN.
+
+    Returns:
+        The whole memory and the view of it that holds the values.
+    """
+    batch, heads, rows, width = values.shape
+    memory, view = rows_of(values.transpose(1, 2).reshape(-1, width), gap=gap)
+    return memory, view.unflatten(0, (batch, rows, heads)).transpose(1, 2)
+
+
+def selected_attention(query, key, value, low, high, index, grad, scale, *, gap=8, tiles=None):
+    """Output and gradients of query, key and value, as float64; `tiles` are M and T of all."""
+    (batch, heads, n_rows, width), (kv_heads, length) = query.shape, key.shape[1:3]
+    launches = selected_attention_launches(
+        batch, heads, kv_heads, n_rows, width, query.element_size(), scale
+    )
+    if tiles is not None:
+        rows, keys = tiles
+        by_rows = (triton.cdiv(n_rows, rows), batch * heads)
+        by_keys = (triton.cdiv(n_rows, keys), batch * kv_heads)
+        launches = [
+            launch._replace(grid=grid, constants=launch.constants | {"M": rows, "T": keys})
+            for launch, grid in zip(launches, (by_rows, by_rows, by_keys), strict=True)
+        ]
+    forward, of_query, of_key = launches
+    q, k, v, g = (heads_of(x, gap)[1] for x in (query, key, value, grad))
+    low, high, index = (_on_device(np.ascontiguousarray(x, np.int32)) for x in (low, high, index))
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+
+    def empty(*shape, dtype=query.dtype):
+        memory, view = rows_of(
+            torch.full((1, int(np.prod(shape))), CANARY, dtype=dtype), fill=CANARY
+        )
+        return memory, view.reshape(shape)
+
+    lse_memory, lse = empty(batch, heads, n_rows, dtype=torch.float32)
+    delta_memory, delta = empty(batch, heads, n_rows, dtype=torch.float32)
+    out_memory, out = heads_of(torch.full(query.shape, CANARY, dtype=query.dtype), gap)
+    (dq_memory, dq), (dk_memory, dk), (dv_memory, dv) = (
+        empty(*x.shape) for x in (query, key, value)
+    )
+    with Untouched(out_memory, out), Untouched(lse_memory, lse):
+        run(
+            selected_attention_kernel, forward, q, k, v, low, high, out, lse, n_rows, length,
+            *strides, *out.stride()[:3],
+        )  # fmt: skip
+    with Untouched(dq_memory, dq), Untouched(delta_memory, delta), Untouched(out_memory, out[:0]):
+        run(
+            query_gradient_kernel, of_query, q, k, v, low, high, out, lse, g, dq, delta,
+            n_rows, length, *strides, *out.stride()[:3], *g.stride()[:3],
+        )  # fmt: skip
+    with Untouched(dk_memory, dk), Untouched(dv_memory, dv):
+        run(
+            key_gradient_kernel, of_key, q, k, v, low, high, index, lse, g, delta, dk, dv,
+            n_rows, length, *strides, *g.stride()[:3],
+        )  # fmt: skip
+    others = torch.ones(batch, length, dtype=torch.bool).to(DEVICE).scatter_(1, index.long(), False)
+    for x in (dk, dv):
+        assert (x.transpose(1, 2)[others] == CANARY).all(), "a key without a query was written"
+    rows = index.long()[:, None, :, None].expand(-1, kv_heads, -1, width)
+    found = (out, dq, dk.gather(2, rows), dv.gather(2, rows))
+    return [x.double().cpu().numpy() for x in found]
 
 
 def head_logits(logits, logit_scale=1.0, softcap=None):
