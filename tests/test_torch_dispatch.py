@@ -419,7 +419,7 @@ def test_operators_of_a_transposed_weight():
 def test_a_slice_of_every_sequence_is_scored_in_one_launch(triton, monkeypatch):
     logits, _, _, _, targets = batch()
     launched = []
-    monkeypatch.setattr(ops, "_launch", lambda kernel, *_: launched.append(kernel.__name__))
+    monkeypatch.setattr(ops, "launch_kernel", lambda kernel, *_: launched.append(kernel.__name__))
     CGGRLoss(**FIXED).to(DEVICE)(logits[:, :-1], targets[:, :-1])
     assert launched == ["token_statistics_kernel"]
 

@@ -21,7 +21,8 @@ from cggr.kernels.chunks import class_chunk, fuses, row_chunk
 SOFTMAX = slice(2, 5)  # confidence, the largest logit, nll
 
 
-def _launch(kernel: Any, launch: Any, *arguments: Any) -> None:
+def launch_kernel(kernel: Any, launch: Any, *arguments: Any) -> None:
+    """Runs a Triton kernel on the device of its first argument."""
     device = arguments[0].device
     elsewhere = [x.device for x in arguments if isinstance(x, Tensor) and x.device != device]
     if elsewhere:
@@ -95,7 +96,7 @@ def token_statistics(
             offset=offset,
         )
         target_N = logits if targets is None else targets.contiguous()
-        _launch(token_statistics_kernel, launch, aligned, target_N, out)
+        launch_kernel(token_statistics_kernel, launch, aligned, target_N, out)
     return out
 
 
@@ -152,7 +153,7 @@ def _fill_gradient(
             softcap=softcap,
         )
         arguments = (logits, softmax.contiguous(), label.contiguous(), row_grad.contiguous())
-        _launch(cross_entropy_gradient_kernel, launch, *arguments, first_class, gradient)
+        launch_kernel(cross_entropy_gradient_kernel, launch, *arguments, first_class, gradient)
 
 
 @torch.library.custom_op(
@@ -220,8 +221,8 @@ def linear_statistics_fused(
         bias_V = weight if bias is None else bias.contiguous()
         target_N = hidden if targets is None else targets.contiguous()
         arguments = (hidden, weight, bias_V, target_N, sums, n_rows, split_classes)
-        _launch(linear_sums_kernel, sums_launch, *arguments)
-        _launch(join_sums_kernel, join_launch, sums, target_N, out, n_rows, splits)
+        launch_kernel(linear_sums_kernel, sums_launch, *arguments)
+        launch_kernel(join_sums_kernel, join_launch, sums, target_N, out, n_rows, splits)
     return out
 
 
