@@ -26,7 +26,7 @@ import cggr.torch.model
 import cggr.torch.token_split
 from cggr.torch import CGGRModel as RoutedModel
 from cggr.torch import CGGRScorer as RoutedScorer
-from cggr.torch import RoutingConfig, create_truncated_router
+from cggr.torch import RoutingConfig, create_truncated_router, row_attention, selected_attention
 from cggr.torch.token_split import TokenSplit, refusal
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
@@ -1119,6 +1119,104 @@ def test_keys_that_heads_share_are_not_copied(name, checkpointed, monkeypatch):
     assert second == n_layers * [2]
     assert model.config._attn_implementation == "sdpa"
     loss.backward()
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Calls of the attention kernels, which are asked for."""
+    pytest.importorskip("triton", reason="Triton is not installed, which has wheels for Linux only")
+    monkeypatch.setenv("CGGR_IMPLEMENTATION", "triton")
+    calls, fused = [], selected_attention.fused
+
+    def counted(*args):
+        calls.append(args)
+        return fused(*args)
+
+    monkeypatch.setattr(selected_attention, "fused", counted)
+    return calls
+
+
+INTERFACED = [name for name, attention in CASES if attention == "sdpa" and name != "falcon"]
+
+
+@pytest.mark.parametrize("name", INTERFACED)
+def test_selected_attention_by_kernels(name, selections, kernel_calls):
+    model = build(name)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    check_step(wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids)
+    assert len(kernel_calls) == models.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("inputs", "capacity", "by_kernels"),
+    [
+        ("left padding", "exact", True),
+        ("right padding", "exact", True),
+        ("gaps", "exact", False),
+        ("left padding", "static", False),  # which may have gaps
+        ("packed", "static", True),
+        ("packed", "exact", True),
+    ],
+)
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_calls, monkeypatch):
+    ids = models.token_ids(3, 12)
+    mask = torch.ones_like(ids)
+    given = {"attention_mask": mask}
+    if inputs == "packed":
+        given = {"position_ids": (torch.arange(12) % 5).expand(3, 12).contiguous()}
+    elif inputs == "left padding":
+        mask[0, :5] = mask[1, :1] = 0
+    elif inputs == "right padding":
+        mask[0, 7:] = mask[1, 10:] = 0
+    else:
+        mask[0, 3:5] = 0
+    options = {"selection": "topk", "min_tokens_ratio": 0.4, "capacity": capacity}
+    check_kernels(build(name), ids, models.labels_for(name, ids), monkeypatch, given, **options)
+    assert len(kernel_calls) == (models.LAYERS if by_kernels else 0)
+
+
+def check_kernels(model, ids, labels, monkeypatch, given, **options):
+    """A step by kernels against the same with masks."""
+    found = []
+    for named in ("triton", "eager"):
+        monkeypatch.setenv("CGGR_IMPLEMENTATION", named)
+        model.zero_grad()
+        loss = CGGRModel(model, **options, **OFF)(ids, labels=labels, **given)
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_kernels_under_checkpointing(reentrant, kernel_calls, monkeypatch):
+    model = build("llama")
+    enable_checkpointing(model, reentrant)
+    ids = models.token_ids(3, 12)
+    check_kernels(model, ids, ids, monkeypatch, {}, selection="importance", min_tokens_ratio=0.3)
+    assert len(kernel_calls) == 2 * models.LAYERS  # forward, and again
+
+
+def test_dropout_of_attention_masks_as_before(kernel_calls):
+    model = build("llama", attention_dropout=0.5)
+    wrapped = CGGRModel(model, min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    wrapped(ids, labels=ids).backward()
+    assert not kernel_calls
+    model.eval()  # no dropout: the same as without
+    split = TokenSplit(model)
+    index = torch.tensor([[0, 5, 11]]).expand(3, -1)
+    with torch.no_grad():
+        recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
+        by_kernels = split.rows(recorded, index, None)
+        assert len(kernel_calls) == models.LAYERS
+        recorded = recorded._replace(in_intervals=False)
+        torch.testing.assert_close(split.rows(recorded, index, None), by_kernels)
+        mask = torch.tensor([[0, 3, 2], [1, 6, 5]], dtype=torch.int32)[None, None]
+        expanded = row_attention._expanded(mask, 7)
+    assert expanded.int().tolist() == [[[[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0]]]]
 
 
 def test_another_forward_in_the_middle_of_a_pass_is_its_own():

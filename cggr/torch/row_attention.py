@@ -1,8 +1,8 @@
-"""Attention of some positions, in which query heads share keys and values without copies.
+"""Attention of some positions: by our kernels, or by sdpa without copies of shared heads.
 
 transformers repeats the keys and values of grouped heads wherever there is a mask, and the backward
 pass keeps the copies of every layer. Here the heads of a group are further queries of the head that
-they share.
+they share, or, where each query sees an interval of the keys, nothing is masked at all.
 
 Imported only where a model of transformers is trained.
 
@@ -14,34 +14,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from cggr.torch import selected_attention
 
 SDPA = "sdpa"
 NAME = "cggr_rows"  # among transformers' attention functions
 
 
-def share_heads(configs: list[Any]) -> int:
-    """Makes the layers of these configurations attend by :func:`grouped_attention`, if it helps.
+def take_over(configs: list[Any]) -> int:
+    """Makes the layers of these configurations attend by :func:`row_attention`, if they can.
 
     Returns:
-        G, by which :func:`for_groups` makes their masks; 1 if they attend as before.
+        G, by which :func:`for_groups` makes their masks; 0 if they attend as before.
     """
     groups = {_group(config) for config in configs}
     group = groups.pop()
-    if group == 1 or groups:
-        return 1
+    if group == 0 or groups:
+        return 0
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()[SDPA])
-    AttentionInterface.register(NAME, grouped_attention)
+    AttentionInterface.register(NAME, row_attention)
     for config in configs:
         config._attn_implementation = NAME
     return group
 
 
 def _group(config: Any) -> int:
-    """How many heads share one of keys and values, where they attend by sdpa."""
+    """How many heads share one of keys and values, where they attend by sdpa; 0 elsewhere."""
     if config._attn_implementation != SDPA:
-        return 1
+        return 0
     n_heads: int = config.num_attention_heads
     return n_heads // (getattr(config, "num_key_value_heads", None) or n_heads)
 
@@ -55,7 +58,26 @@ def for_groups(masks: Any, group: int) -> Any:
     return masks.repeat(1, 1, group, 1)
 
 
-def grouped_attention(
+def as_mask(low_BC: Tensor, high_BC: Tensor, index_BC: Tensor) -> Tensor:
+    """What :func:`row_attention` takes in place of a mask ``(B, 1, C, 3)``, of four dimensions.
+
+    Such masks transformers hands on as they are.
+
+    Args:
+        low_BC: The first key that a query sees.
+        high_BC: The first key behind those that it sees.
+        index_BC: The positions of the queries.
+    """
+    return torch.stack((low_BC, high_BC, index_BC), dim=-1).to(torch.int32)[:, None]
+
+
+def _expanded(mask_B1C3: Tensor, length: int) -> Tensor:
+    low_B1C1, high_B1C1, _ = mask_B1C3[..., None].unbind(-2)
+    key_S = torch.arange(length, device=mask_B1C3.device)
+    return (key_S >= low_B1C1) & (key_S < high_B1C1)
+
+
+def row_attention(
     module: nn.Module,
     query_BHCW: Tensor,
     key_BKSW: Tensor,
@@ -65,14 +87,15 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """PyTorch's attention, called as transformers calls its attention functions.
+    """Attention that is called as transformers calls its attention functions.
 
     Args:
         module: Whose attention it is.
         query_BHCW: Of the positions that are run.
         key_BKSW: Of all positions.
         value_BKSW: Of all positions.
-        attention_mask: ``(B, 1, G C, S)``; with any other, this is transformers' ``sdpa``.
+        attention_mask: By :func:`for_groups` or :func:`as_mask`; with any other, this is
+            transformers' ``sdpa``.
         dropout: Share of the attention weights that is set to zero.
         scaling: Of the scores; ``1 / sqrt(W)`` if None.
         **kwargs: For transformers.
@@ -80,6 +103,15 @@ def grouped_attention(
     Returns:
         ``(B, C, H, W)``, and no attention weights.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        if dropout == 0.0:
+            low_BC, high_BC, index_BC = attention_mask[:, 0].unbind(-1)
+            scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
+            mixed_BHCW = selected_attention.fused(
+                query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, scale
+            )
+            return mixed_BHCW.transpose(1, 2), None
+        attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
     batch, n_heads, n_rows, width = query_BHCW.shape
     group = n_heads // key_BKSW.shape[1]
     if attention_mask is None or group == 1 or attention_mask.shape[2] != group * n_rows:

@@ -6,6 +6,7 @@ of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from torch.nn import functional as F
 from cggr.torch.ops import launch_kernel
 from cggr.torch.selected import differentiable_once
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
+
+
+@torch.compiler.assume_constant_result
+def wanted(dtype: torch.dtype, width: int) -> bool:
+    """Whether :func:`fused` is to be used where it can be: if ``CGGR_IMPLEMENTATION`` names it."""
+    named = os.environ.get("CGGR_IMPLEMENTATION") == "triton"
+    return named and dtype in DTYPES and width <= MAX_WIDTH
 
 
 def fused(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from cggr.torch import selected_attention
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import autocast_dtype, in_autocast_dtype
 from cggr.torch.router import (
@@ -205,6 +206,7 @@ class Recorded(NamedTuple):
         key_BS: Which tokens can be attended to; None if all can.
         segment_BS: Number of the packed sequence that a token belongs to; None if there is one.
         kept: What the last layer that ran gave, where others are to follow.
+        in_intervals: Whether every query sees one interval of the keys.
     """
 
     hidden_BSD: Tensor | None
@@ -216,6 +218,7 @@ class Recorded(NamedTuple):
     key_BS: Tensor | None
     segment_BS: Tensor | None
     kept: Any
+    in_intervals: bool
 
 
 class TokenSplit:
@@ -237,11 +240,13 @@ class TokenSplit:
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, _Cut] = {}
         self._twin = Twin(self.router.base, _CLASSES)
+        # Whether its layers look up their attention by name; it reads their source.
+        self._asks = bool(self._source._can_set_attn_implementation())
         self.refresh()
 
     def refresh(self) -> None:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
-        from cggr.torch.row_attention import share_heads
+        from cggr.torch.row_attention import take_over
 
         before = self._twin.root
         if self._twin.original is not self.router.base:
@@ -250,7 +255,8 @@ class TokenSplit:
             self._twin.refresh()
         if self._twin.root is not before:
             self._cuts, self._compiled = {}, {}
-        self._group = 1 if self._twin.bypassed() else share_heads(self._twin.configs)
+        as_asked = self._asks and not self._twin.bypassed()
+        self._group = take_over(self._twin.configs) if as_asked else 0
         for cut in self._cuts.values():
             cut.beginning.refresh()
             cut.rest.refresh()
@@ -298,9 +304,17 @@ class TokenSplit:
             cut = self.cut(depth)
             hidden_BSD = self._first_pass(first, cut.beginning.root)
             kept, cut.last.output = cut.last.output, None
-        positions_BS = self._positions(inputs, shape)
         return Recorded(
-            hidden_BSD, first, inputs, extra, cache, positions_BS, key_BS, segment_BS, kept
+            hidden_BSD=hidden_BSD,
+            first=first,
+            inputs=inputs,
+            extra=extra,
+            cache=cache,
+            positions_BS=self._positions(inputs, shape),
+            key_BS=key_BS,
+            segment_BS=segment_BS,
+            kept=kept,
+            in_intervals=self._in_intervals(inputs, key_BS, segment_BS, synchronise),
         )
 
     def finish(self, recorded: Recorded, depth: int, index_BC: Tensor) -> None:
@@ -343,18 +357,9 @@ class TokenSplit:
             for name, x in inputs.items()
             if name not in ("attention_mask", "position_ids")
         }
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 4:
-            rows_BHCS = mask.expand(index_BC.shape[0], *mask.shape[1:])
-            index_BHCS = index_BC[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            masks = rows_BHCS.gather(2, index_BHCS)
-        else:
-            masks = self._masks(index_BC, recorded.key_BS, recorded.segment_BS, inputs)
+        selected["attention_mask"] = self._masks_of_rows(recorded, index_BC)
         selected["position_ids"] = recorded.positions_BS.gather(1, index_BC)
         cache.select(index_BC, unused_BC)
-        from cggr.torch.row_attention import for_groups
-
-        selected["attention_mask"] = for_groups(masks, self._group) if self._group > 1 else masks
         with self._second_pass():
             inputs = selected | recorded.extra | {"past_key_values": cache}
             return self._base(inputs, self._twin.root)
@@ -505,6 +510,66 @@ class TokenSplit:
         token_BS = (input_ids != padding).long()
         return token_BS.cumsum(dim=1) * token_BS + padding
 
+    def _masks_of_rows(self, recorded: Recorded, index_BC: Tensor) -> Any:
+        """What the layers get as masks in the second pass."""
+        from cggr.torch.row_attention import as_mask, for_groups
+
+        inputs = recorded.inputs
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            rows_BHCS = mask.expand(index_BC.shape[0], *mask.shape[1:])
+            index_BHCS = index_BC[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            masks: Any = rows_BHCS.gather(2, index_BHCS)
+        elif recorded.in_intervals:
+            make = functools.partial(
+                _interval,
+                index_BC,
+                recorded.positions_BS.shape[1],
+                recorded.key_BS,
+                recorded.segment_BS,
+                causal=self._causal,
+            )
+            return self._for_layers(lambda window: as_mask(*make(window=window), index_BC))
+        else:
+            masks = self._masks(index_BC, recorded.key_BS, recorded.segment_BS, inputs)
+        return for_groups(masks, self._group) if self._group > 1 else masks
+
+    def _in_intervals(
+        self,
+        inputs: dict[str, Tensor],
+        key_BS: Tensor | None,
+        segment_BS: Tensor | None,
+        synchronise: bool,
+    ) -> bool:
+        """Whether attention is by our kernels: every query must see one interval of the keys."""
+        config = self._source.config
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        if not self._group or not selected_attention.wanted(self._dtype(inputs), width):
+            return False
+        if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
+            return False
+        if segment_BS is not None and not self._causal:
+            return False
+        if key_BS is None:
+            return True
+        if not synchronise:  # nobody may ask for gaps between the keys
+            return False
+        begins_BS = key_BS & ~nn.functional.pad(key_BS[:, :-1], (1, 0))
+        return bool((begins_BS.sum(dim=1) <= 1).all())
+
+    def _for_layers(self, make: Callable[[int | None], Any]) -> Any:
+        """What this makes for a window, or for none: for every layer, or one for each type."""
+        config = self._source.config
+        window = getattr(config, "sliding_window", None)
+        if config.model_type in _MASK_PER_LAYER_TYPE:
+            return {
+                kind: make(window if kind == "sliding_attention" else None)
+                for kind in sorted(set(config.layer_types))
+            }
+        return make(window if config.model_type in _WINDOW_IN_EVERY_LAYER else None)
+
     def _masks(
         self,
         index_BC: Tensor,
@@ -513,8 +578,6 @@ class TokenSplit:
         inputs: dict[str, Tensor],
     ) -> Any:
         """Masks ``(B, 1, C, S)`` of these positions, to be added to the scores, for every layer."""
-        config = self._source.config
-        window = getattr(config, "sliding_window", None)
         make = functools.partial(
             _mask,
             index_BC,
@@ -524,12 +587,7 @@ class TokenSplit:
             causal=self._causal,
             dtype=self._dtype(inputs),
         )
-        if config.model_type in _MASK_PER_LAYER_TYPE:
-            return {
-                kind: make(window=window if kind == "sliding_attention" else None)
-                for kind in sorted(set(config.layer_types))
-            }
-        return make(window=window if config.model_type in _WINDOW_IN_EVERY_LAYER else None)
+        return self._for_layers(lambda window: make(window=window))
 
     def _dtype(self, inputs: dict[str, Tensor]) -> torch.dtype:
         """Precision of queries and keys, so that nobody converts the mask again in every layer."""
@@ -603,6 +661,31 @@ def _attribute(name: str, value: Any, modules: list[nn.Module]) -> Iterator[None
                 delattr(module, name)
             else:
                 setattr(module, name, old)
+
+
+def _interval(
+    index_BC: Tensor,
+    length: int,
+    key_BS: Tensor | None,
+    segment_BS: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The first key that a position attends to, and the first one behind: see :func:`_mask`."""
+    low_BC = torch.zeros_like(index_BC)
+    high_BC = index_BC + 1 if causal else torch.full_like(index_BC, length)
+    if window is not None:
+        low_BC = (index_BC + 1 - window).clamp(min=0)
+    place_S = torch.arange(length, device=index_BC.device)
+    if segment_BS is not None:
+        begins_BS = segment_BS != nn.functional.pad(segment_BS[:, :-1], (1, 0), value=-1)
+        first_BS = torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+        low_BC = torch.maximum(low_BC, first_BS.gather(1, index_BC))
+    if key_BS is not None:
+        low_BC = torch.maximum(low_BC, torch.where(key_BS, place_S, length).amin(1)[:, None])
+        high_BC = torch.minimum(high_BC, torch.where(key_BS, place_S + 1, 0).amax(1)[:, None])
+    return low_BC, high_BC
 
 
 def _mask(
