@@ -1149,17 +1149,16 @@ def test_selected_attention_by_kernels(name, selections, kernel_calls):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "capacity", "by_kernels"),
+    ("name", "inputs", "capacity", "by_kernels"),
     [
-        ("left padding", "exact", True),
-        ("right padding", "exact", True),
-        ("gaps", "exact", False),
-        ("left padding", "static", False),  # which may have gaps
-        ("packed", "static", True),
-        ("packed", "exact", True),
+        ("mistral", "left padding", "exact", True),
+        ("bert", "right padding", "exact", True),
+        ("gemma3", "gaps", "exact", False),
+        ("mistral", "left padding", "static", False),  # which may have gaps
+        ("gemma3", "packed", "static", True),
+        ("mistral", "packed", "exact", True),
     ],
 )
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_calls, monkeypatch):
     ids = models.token_ids(3, 12)
     mask = torch.ones_like(ids)
