@@ -16,11 +16,13 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from cggr.bench import report, settings
+from cggr.bench.attention import AttentionCase
 from cggr.bench.settings import BENCHMARKS, BenchSettings, Case
 from cggr.cli import main
 
 pytest.importorskip("triton", reason="Triton is not installed: it has no wheels for this machine")
 
+from cggr.bench import attention as bench_attention
 from cggr.bench import (
     batch,
     jax_statistics,
@@ -65,8 +67,8 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
         (
             "bench linear",
             (
-                "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
-                "'linear_loss', 'linear_statistics', 'step', 'batch', 'jax_statistics'."
+                "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', 'linear_loss', "
+                "'linear_statistics', 'attention', 'step', 'batch', 'jax_statistics'."
             ),
         ),
         (
@@ -415,8 +417,9 @@ ON_CPU = """
 import functools, importlib, json, sys, types
 import torch
 from rich.console import Console
-from cggr.bench import batch, linear, report, statistics, step, timing
+from cggr.bench import attention, batch, linear, report, statistics, step, timing
 from cggr.bench.settings import BenchSettings, Case
+from cggr.bench.attention import AttentionCase
 from cggr.bench.step import StepCase
 
 timing.cuda_clock, timing.WARM_UP_CALLS = lambda call, calls: 1.0, 1
@@ -424,6 +427,7 @@ torch.cuda.synchronize = lambda: None
 sys.modules["liger_kernel"] = sys.modules["cut_cross_entropy"] = None  # not on the CPU
 torch.nn.Module.cuda = lambda module: module
 statistics.make_logits = functools.partial(statistics.make_logits, device="cpu")
+attention.make_inputs = functools.partial(attention.make_inputs, device="cpu")
 linear.make_head = functools.partial(linear.make_head, device="cpu")
 linear.peak_memory = step.peak_memory = lambda call: (1 << 20, call())
 step.make_model = functools.partial(step.make_model, device="cpu")
@@ -505,6 +509,25 @@ def test_both_ways_of_a_linear_heads_statistics_are_forced():
     # Either way rounds logits to float16: by 2^-9 at most, of up to 13.
     for row in rows.values():
         assert 5e-5 < max(row["errors"].values()) < 1e-2
+
+
+def test_attention_is_measured_against_float64():
+    case = AttentionCase("tiny", 2, 40, 4, 2, 16, dtype="float32")
+    assert case.title == "tiny, 2 x 40, ratio 0.25, float32"
+    rows = measured_on_cpu("attention", case)
+    ours = rows["selected attention, forward"]
+    assert ours["flops"] == ours["operations"] * 1e3  # a call took 1 ms
+    for name in ("selected attention", "sdpa with a mask", "scores in memory"):
+        assert rows[f"{name}, forward"]["operations"] == ours["operations"]
+        both = rows[f"{name}, with gradients"]
+        assert 0 < both["error"] < 1e-5
+        assert 0 < both["gradient_error"] < 1e-5
+    every = rows["causal sdpa of all, flash, forward"]["operations"]
+    assert every == 4 * 16 * 2 * 4 * 40 * 41 // 2
+    inputs = bench_attention.make_inputs(case, 0, "cpu")._replace(
+        index_BC=torch.tensor([[0, 9], [5, 39]], dtype=torch.int32)
+    )
+    assert bench_attention.pairs_of(inputs, every=False) == 4 * (1 + 10 + 6 + 40)
 
 
 def test_all_steps_are_of_one_model():

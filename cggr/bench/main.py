@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cggr.bench import report
 from cggr.bench.report import Column
-from cggr.bench.settings import BENCHMARKS, BenchError, BenchSettings, Case
+from cggr.bench.settings import BENCHMARKS, BenchError, BenchSettings, Shape
 from cggr.race import machine
 
 
@@ -28,8 +28,8 @@ class Benchmark:
         missing: What this machine lacks for it, None if nothing.
     """
 
-    cases: tuple[Case, ...]
-    measure: Callable[[Case, BenchSettings, Callable[[str], None]], list[dict[str, Any]]]
+    cases: tuple[Shape, ...]
+    measure: Callable[[Any, BenchSettings, Callable[[str], None]], list[dict[str, Any]]]
     columns: tuple[Column, ...]
     missing: Callable[[], str | None] = lambda: None
 
@@ -132,7 +132,7 @@ def run_benchmark(
 
 
 def _measure(
-    benchmark: Benchmark, case: Case, settings: BenchSettings, title: str, console: Console
+    benchmark: Benchmark, case: Shape, settings: BenchSettings, title: str, console: Console
 ) -> list[dict[str, Any]]:
     with console.status(title) as status:
         return benchmark.measure(case, settings, lambda what: status.update(f"{title}: {what}"))

@@ -13,13 +13,14 @@ BENCHMARKS = {
     "statistics": "of logits, against a loop that reads, PyTorch, cggr 0.5.0",
     "linear_loss": "CGGRLinearLoss, with gradients, against dense losses",
     "linear_statistics": "of a linear head, fused against chunked",
+    "attention": "of selected positions, by our kernels against masked sdpa",
     "step": "CGGRModel's whole step, time and memory, against dense steps",
     "batch": "the largest whose step fits into 12 GiB",
     "jax_statistics": "of logits, from JAX against from PyTorch",
 }
 
 
-AnyCase = TypeVar("AnyCase", bound="Case")
+AnyCase = TypeVar("AnyCase", bound="Shape")
 
 
 class BenchError(Exception):
@@ -27,8 +28,18 @@ class BenchError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """The shape of what is measured.
+class Shape:
+    """The shape of what is measured."""
+
+    @property
+    def title(self) -> str:
+        """The shape in words."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Shape):
+    """The shape of logits, or of a linear head.
 
     Args:
         n_rows: N.
