@@ -67,8 +67,9 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
         (
             "bench linear",
             (
-                "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', 'linear_loss', "
-                "'linear_statistics', 'attention', 'step', 'batch', 'jax_statistics'."
+                "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
+                "'linear_loss', 'linear_statistics', 'attention', 'step', 'batch', "
+                "'jax_statistics'."
             ),
         ),
         (
