@@ -69,7 +69,7 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
             (
                 "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
                 "'linear_loss', 'linear_statistics', 'attention', 'step', 'batch', "
-                "'jax_statistics'."
+                "'jax_step', 'jax_statistics'."
             ),
         ),
         (
@@ -440,6 +440,8 @@ torch.cuda.set_per_process_memory_fraction = {0.5: None}.__getitem__
 batch.make_model, fits = step.make_model, batch.step_fits
 batch.step_fits = lambda make, model, ids: len(ids) <= 5 and fits(make, model, ids)
 module = importlib.import_module(f"cggr.bench.{sys.argv[1]}")
+if sys.argv[1] == "jax_step":
+    module.make_decoder = functools.partial(module.make_decoder, attention=None)
 rows = module.run(eval(sys.argv[2]), BenchSettings(quick=True), lambda text: None)
 report.print_case(Console(file=sys.stderr), "a title", rows, module.BENCHMARK.columns)
 json.dump(rows, sys.stdout)
@@ -545,6 +547,20 @@ def test_all_steps_are_of_one_model():
             assert row["to_dense"] == 1.0
             weights = 4 * (96 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 64) + 32)
             assert name.endswith("graph") or row["peak_bytes"] == weights + 2**20
+
+
+def test_all_steps_in_flax_are_of_one_model():
+    pytest.importorskip("flax", reason="Flax is not installed")
+    case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
+    rows = measured_on_cpu("jax_step", case)
+    assert list(rows) == [
+        "dense", "sequence, ratio 0.25", "token, ratio 0.25", "token, ratio 0.1", "token, ratio 0.5"
+    ]  # fmt: skip
+    weights = 4 * (96 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 64) + 32)
+    for name, row in rows.items():
+        assert row["loss"] == pytest.approx(rows["dense"]["loss"], rel=0.2), name
+        assert row["peak_bytes"] > 2 * weights, name  # the gradients, too
+        assert row["memory_to_dense"] == row["peak_bytes"] / rows["dense"]["peak_bytes"]
 
 
 def test_batches_are_those_of_every_eager_step():

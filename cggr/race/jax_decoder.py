@@ -173,7 +173,7 @@ def _rotation(positions: Array, size: int, theta: float) -> Rotation:
 
 def _rotate(heads: Array, rotation: Rotation) -> Array:
     """Turns the pairs of entries i and i + W/2 of every head, ``(B, S, H, W)``."""
-    cosine, sine = rotation
+    cosine, sine = (x.astype(heads.dtype) for x in rotation)
     first, second = jnp.split(heads, 2, axis=-1)
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
