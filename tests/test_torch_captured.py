@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import re
 
 import models
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr.torch import CapturedStep, CGGRModel, captured
 
@@ -21,7 +23,7 @@ class Rerun:
         self.step, self.model = step, step.__self__.model
         state = [*self.model.buffers(), *(p.grad for p in self.model.parameters())]
         before = [None if x is None else x.clone() for x in state]
-        self.adds = next(self.model.parameters()).grad is not None
+        self.adds = any(p.grad is not None for p in self.model.parameters())
         self.loss = step()
         self.latest = self.model.scorer.latest
         self.gradients = [p.grad for p in self.model.parameters()]
@@ -50,9 +52,9 @@ def graphs(monkeypatch):
     made = []
     record = captured._record
 
-    def counted(step, pool):
+    def counted(step, pool, stream):
         if CUDA:
-            graph, loss = record(step, pool)
+            graph, loss = record(step, pool, stream)
         else:
             graph = Rerun(step)
             loss = graph.loss
@@ -62,8 +64,9 @@ def graphs(monkeypatch):
     monkeypatch.setattr(captured, "_record", counted)
     if not CUDA:
         monkeypatch.setattr(captured, "_cuda_device", lambda model: torch.device("cpu"))
+        monkeypatch.setattr(captured, "_stream", lambda device: None)
         monkeypatch.setattr(
-            captured, "_warm_up", lambda step, times, device: [step() for _ in range(times)]
+            captured, "_warm_up", lambda step, times, stream: [step() for _ in range(times)]
         )
     return made
 
@@ -182,6 +185,10 @@ def test_autocast_and_a_scaler(scaled, graphs):
                     loss = module(**batch_of(seed))
                     with torch.autocast(DEVICE, enabled=False):
                         backward(scaler, loss)
+                with torch.no_grad():  # the next step is to see other weights
+                    for p in module.parameters():
+                        p -= 0.1 * p.grad / scaler.get_scale()
+                torch.clear_autocast_cache()
         results.append([loss.detach(), *gradients(module)])
     assert len(graphs) == 1
     for want, got in zip(*results, strict=True):
@@ -228,6 +235,11 @@ def test_items_of_all_micro_batches(kind):
         ),
         ({"labels": [[1]]}, TypeError, r"^labels must be a tensor as in the first call, got \[\["),
         ({"labels": None}, ValueError, "^labels is None: without labels there is no loss"),
+        (
+            {"attention_mask": {"a": torch.ones(4, 16)}},
+            ValueError,
+            "^inputs must be those of the first call",
+        ),
     ],
 )
 def test_other_inputs_than_at_first_are_refused(change, error, message):
@@ -250,6 +262,84 @@ def test_constants_are_those_of_the_first_call():
     message = "^use_cache must be False as in the first call, got True"
     with pytest.raises(ValueError, match=message):
         step(**batch_of(0), use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"extra": {"a": torch.ones(4)}},
+            TypeError,
+            r"^extra must be a tensor or a constant, got a dict of them\.$",
+        ),
+        (
+            {"num_items_in_batch": 9.0},
+            TypeError,
+            r"^num_items_in_batch must be an integer or a tensor, got 9\.0\.$",
+        ),
+        (
+            {"inputs_embeds": torch.ones(4, 16, 32, requires_grad=True)},
+            ValueError,
+            r"^inputs_embeds must not require a gradient, which it would not get: detach it\.$",
+        ),
+    ],
+)
+def test_inputs_that_no_graph_can_take(given, error, message):
+    step = CapturedStep(build())
+    with pytest.raises(error, match=message):
+        step(**batch_of(0), **given)
+    assert step(**batch_of(0)).isfinite()
+
+
+def test_the_shapes_stay_over_the_levels():
+    step = CapturedStep(build())
+    step(**batch_of(0))
+    step.model.set_step(8)
+    with pytest.raises(ValueError, match=r"must be torch.int64 of shape \(4, 16\) as in the first"):
+        step(**{name: x[:2] for name, x in batch_of(0).items()})
+    step(**batch_of(0))
+
+
+def test_what_autocast_converted_is_not_found_by_a_graph(monkeypatch):
+    # A graph that found it would read the weights of its warm-up for ever.
+    module = build()
+    step = CapturedStep(module)
+    record, casts = captured._record, []
+    weight = module.model.model.layers[1].mlp.up_proj.weight
+
+    def watched(run, pool, stream):
+        seen = set()
+        with Casts(weight, seen):
+            result = record(run, pool, stream)
+        casts.append(len(seen))
+        return result
+
+    monkeypatch.setattr(captured, "_record", watched)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        step(**batch_of(0))
+        step(**batch_of(1))
+    assert casts == [2, 2]  # in either pass, of either graph
+
+
+class Casts(TorchDispatchMode):
+    """Notes casts of a weight: those with a gradient, and those without."""
+
+    def __init__(self, weight, seen):
+        super().__init__()
+        self.weight, self.seen = weight, seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.weight.data_ptr():
+            self.seen.add(torch.is_grad_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def test_hooks_of_gradients_are_refused():
+    module = build()
+    name, parameter = next(iter(module.named_parameters()))
+    parameter.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} has a hook after its gradient"):
+        CapturedStep(module)
 
 
 def test_a_first_call_that_failed_is_forgotten():

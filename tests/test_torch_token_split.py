@@ -512,6 +512,35 @@ def test_a_router_of_first_layers_is_the_beginning_of_the_first_pass(
     assert hardest > 0
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_forward_of_the_base_runs_in_every_pass(bound, selections):
+    model = build("llama")
+    plain = type(model.model).forward
+
+    def scaled(self, input_ids=None, inputs_embeds=None, **options):
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return plain(self, inputs_embeds=3 * embeds, **options)
+
+    model.model.forward = (
+        types.MethodType(scaled, model.model)
+        if bound
+        else lambda *args, **options: scaled(model.model, *args, **options)
+    )
+    router = create_truncated_router(model, num_layers=1)
+    wrapped = CGGRModel(model, router, selection="stratified", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 12)
+    check_step(wrapped, model, "llama", selections, ids, input_ids=ids)
+
+
+def test_a_router_deeper_than_the_model():
+    model = build("llama")
+    wrapped = CGGRModel(model, create_truncated_router(model, num_layers=2), **OFF)
+    model.model.layers = model.model.layers[:1]
+    message = r"the router has 2 of the model's layers, which are 1: make it anew by .*\.$"
+    with pytest.raises(ValueError, match=message):
+        wrapped(models.token_ids(2, 8), labels=models.token_ids(2, 8))
+
+
 @of_peft
 @pytest.mark.parametrize("inputs", ["left padding", "packed", "LoRA", "bfloat16", "bias"])
 def test_the_products_of_selected_positions_are_made_once(inputs, monkeypatch):
@@ -1187,6 +1216,19 @@ def check_kernels(model, ids, labels, monkeypatch, given, **options):
         found.append((loss.item(), gradients(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert_same_gradients(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", INTERFACED)
+def test_kernels_under_autocast(name, kernel_calls):
+    model = build(name)
+    ids = models.token_ids(3, 12)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    # Not bfloat16, which the interpreter cannot multiply.
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = wrapped(ids, labels=models.labels_for(name, ids))
+    loss.backward()
+    assert {x.dtype for args in kernel_calls for x in args[:3]} == {torch.float16}
+    assert len(kernel_calls) == models.LAYERS
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

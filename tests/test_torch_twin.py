@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cggr.torch import CGGRModel
-from cggr.torch.twin import Twin
+from cggr.torch.twin import Relayered, Twin
 
 IDS = models.token_ids(2, 8)
 
@@ -74,6 +74,43 @@ def test_it_follows_the_original():
     root[1][1] = nn.Linear(3, 2)
     twin.refresh()
     assert twin.root[1][1].weight is root[1][1].weight
+
+
+def test_an_order_that_changed_is_followed():
+    root = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    twin, x = Twin(root), torch.ones(1, 3)
+    root._modules["0"] = root._modules.pop("0")  # now the last
+    twin.refresh()
+    torch.testing.assert_close(twin.root(x), root(x), rtol=0, atol=0)
+
+
+def test_a_configuration_that_was_replaced_is_dropped():
+    model = models.build("llama")
+    twin = Twin(model.model)
+    config = copy.copy(model.config)
+    for module in model.model.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    twin.refresh()
+    twin.refresh()
+    assert len(twin.configs) == 1
+    assert twin.root.config is twin.configs[0] is not config
+
+
+def test_another_list_of_layers():
+    model = models.build("llama")
+    relayered = Relayered(model.model, "layers", list(model.model.layers[:1]))
+    first = models.build("llama", layers=1)
+    first.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(logits(relayered.root), logits(first.model))
+    plain = type(model.model).forward
+    model.model.forward = types.MethodType(  # bound to the model with all of its layers
+        lambda self, *args, **kwargs: plain(self, *args, **kwargs), model.model
+    )
+    model.model.norm.anything = model.model.anything = 1
+    relayered.refresh()
+    torch.testing.assert_close(logits(relayered.root), logits(first.model))
+    assert relayered.root.anything == relayered.root.norm.anything == 1
 
 
 def test_a_forward_of_an_instance_is_bound_to_the_copy():

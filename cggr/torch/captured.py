@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cggr.torch.model import CGGRModel
 
@@ -23,7 +24,8 @@ class CapturedStep:
     the first at another capacity of the schedule (four at most over a run) or under another
     autocast. What a graph reads and writes stays where it is: the gradients are the same tensors
     after every call. What is changed in the model later, other than the values of its parameters
-    and buffers, a graph does not see.
+    and buffers, a graph does not see. While one is captured, no loss of the same parameters may be
+    alive that an eager step computed.
 
     Args:
         model: In training mode, on a CUDA device, with ``capacity="static"``. What it wraps may be
@@ -34,8 +36,8 @@ class CapturedStep:
 
     Raises:
         TypeError: `model` is no CGGRModel.
-        ValueError: Its capacity is not static, its parameters are not on one CUDA device, or
-            `warm_up` is less than 1.
+        ValueError: Its capacity is not static, its parameters are not on one CUDA device, one of
+            them has a hook that is called when its gradient is there, or `warm_up` is less than 1.
 
     Example:
         >>> def train(cggr_model, optimizer, batches):
@@ -63,11 +65,20 @@ class CapturedStep:
             )
         if warm_up < 1:
             raise ValueError(f"warm_up must be at least 1, got {warm_up}.")
+        for name, p in model.named_parameters():
+            if getattr(p, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"{name} has a hook after its gradient is accumulated, which would run in the "
+                    f"warm-up and never again: remove it before the step is captured."
+                )
         self.model = model
         self.device = _cuda_device(model)
+        model.scorer.follow(self.device)
         self.warm_up = warm_up
         self._backward = backward
+        self._stream = _stream(self.device)
         self._inputs: dict[str, Any] = {}
+        self._was_captured = False
         self._state: Any = None
         self._graphs: dict[bool, _Graph] = {}  # by whether gradients are there to be added to
 
@@ -80,15 +91,16 @@ class CapturedStep:
             input_ids: As of :meth:`CGGRModel.forward`, on any device; memory that is pinned is
                 copied without a wait.
             labels: Likewise.
-            **inputs: Likewise: tensors, and ``num_items_in_batch``; anything else must be the same
-                in all calls.
+            **inputs: Likewise: tensors, which get no gradient, and ``num_items_in_batch``;
+                anything else must be the same in all calls.
 
         Returns:
             Scalar loss, without a graph to go back through.
 
         Raises:
-            ValueError: The model is in eval mode; there are no labels; or the inputs are not those
-                of the first call, other than in their values.
+            TypeError: An input is a container of tensors, or no tensor where there was one.
+            ValueError: The model is in eval mode; there are no labels; an input wants a gradient;
+                or the inputs are not those of the first call, other than in their values.
         """
         if not self.model.training:
             raise ValueError("model is in eval mode, whose loss has no step: call the model.")
@@ -102,6 +114,7 @@ class CapturedStep:
         if (first := self._graphs.get(False)) is None:
             no_gradients = [None for _ in self.model.parameters()]
             first = self._graphs[False] = self._captured(no_gradients, None)
+            self._was_captured = True
         adds = any(p.grad is not None for p, _ in first.gradients)
         if adds:
             for p, gradient in first.gradients:
@@ -119,7 +132,7 @@ class CapturedStep:
 
     def _take(self, given: dict[str, Any]) -> None:
         """Writes the inputs to where the graph reads them."""
-        if not self._graphs:
+        if not self._was_captured:
             self._inputs = {name: _place_for(name, x, self.device) for name, x in given.items()}
         if self._inputs.keys() != given.keys():
             raise ValueError(
@@ -128,31 +141,30 @@ class CapturedStep:
             )
         for name, place in self._inputs.items():
             _check(name, place, given[name])
-        for name, place in self._inputs.items():
-            if isinstance(given[name], Tensor):
-                place.copy_(given[name], non_blocking=True)
-            elif isinstance(place, Tensor):
-                place.fill_(given[name])
+        with torch.no_grad():
+            for name, place in self._inputs.items():
+                if isinstance(given[name], Tensor):
+                    place.copy_(given[name], non_blocking=True)
+                elif isinstance(place, Tensor):
+                    place.fill_(given[name])
 
     def _captured(self, gradients: Sequence[Tensor | None], pool: Any) -> _Graph:
         """A graph of the step, which begins with these gradients; it leaves all as it is."""
         scorer, parameters = self.model.scorer, list(self.model.parameters())
         before, metrics = [p.grad for p in parameters], scorer.latest
         values = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        # Neither may autocast find a weight that it converted before, nor anyone else one of ours.
-        torch.clear_autocast_cache()
         try:
             try:
-                _warm_up(self._first_step, self.warm_up, self.device)
+                _warm_up(self._first_step, self.warm_up, self._stream)
             finally:
                 for buffer, value in values:
                     buffer.copy_(value)
             self._set_gradients(gradients)
-            graph, loss = _record(self._run, pool)
+            graph, loss = _record(self._run, pool, self._stream)
             found = [(p, p.grad) for p in parameters if p.grad is not None]
             return _Graph(graph, loss, scorer.latest, found)
         finally:
-            torch.clear_autocast_cache()
+            torch.clear_autocast_cache()  # of weights that only this graph may read
             self._set_gradients(before)
             scorer.latest = metrics
 
@@ -161,6 +173,8 @@ class CapturedStep:
         self._run()
 
     def _run(self) -> Tensor:
+        # What autocast converted before is not to be found: the graph would never convert it again.
+        torch.clear_autocast_cache()
         loss: Tensor = self.model(**self._inputs)
         with torch.autocast("cuda", enabled=False):
             self._backward(loss)
@@ -180,21 +194,29 @@ class _Graph(NamedTuple):
     gradients: list[tuple[nn.Parameter, Tensor]]
 
 
-def _warm_up(step: Callable[[], object], times: int, device: torch.device) -> None:
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _warm_up(step: Callable[[], object], times: int, stream: torch.cuda.Stream) -> None:
     """Runs a step as a capture wants it: on a stream of its own, and drawing nothing."""
-    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(here)
-    with torch.random.fork_rng([device]), torch.cuda.stream(side):
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
+    with torch.random.fork_rng([stream.device]), torch.cuda.stream(stream):
         for _ in range(times):
             step()
-    here.wait_stream(side)
+    here.wait_stream(stream)
 
 
-def _record(step: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _record(
+    step: Callable[[], Tensor], pool: Any, stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of a step, and what it returns, whose memory the graph keeps."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = step()
+    with torch.cuda.device(stream.device):
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that pins memory, are none of its business.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            result = step()
     return graph, result
 
 
@@ -215,13 +237,19 @@ def _autocast() -> torch.dtype | None:
 def _place_for(name: str, x: Any, device: torch.device) -> Any:
     """Memory for the values of an input; the input itself if it has none."""
     if isinstance(x, Tensor):
-        return torch.empty_like(x, device=device)
+        return torch.empty_like(x, device=device, requires_grad=False)
     if name == "num_items_in_batch":
+        if isinstance(x, bool) or not isinstance(x, int):
+            raise TypeError(f"{name} must be an integer or a tensor, got {x!r}.")
         return torch.empty((), dtype=torch.int64, device=device)
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)):
+        raise TypeError(f"{name} must be a tensor or a constant, got a {type(x).__name__} of them.")
     return x
 
 
 def _check(name: str, place: Any, x: Any) -> None:
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which it would not get: detach it.")
     if not isinstance(place, Tensor):
         if place is not x and place != x:
             raise ValueError(f"{name} must be {place!r} as in the first call, got {x!r}.")

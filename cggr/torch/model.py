@@ -150,7 +150,7 @@ class CGGRModel(nn.Module):
         return self
 
     def _prepare(self, split: TokenSplit) -> None:
-        if depth := self._scoring_depth():
+        if depth := self._scoring_depth(split):
             split.cut(depth)
 
     def step(self) -> None:
@@ -256,14 +256,15 @@ class CGGRModel(nn.Module):
             self._token_split = TokenSplit(self.model)  # it was replaced
         return self._token_split
 
-    def _scoring_depth(self) -> int | None:
+    def _scoring_depth(self, split: TokenSplit) -> int | None:
         """After how many of the model's layers everything is scored; None after all."""
         if self._needs_no_score:
             return 0
         router = self.scorer.router
         if self._scores_itself or not isinstance(router, TruncatedRouter) or router.passthrough:
             return None
-        return router.num_layers if router.source is unwrapped(self.model) else None
+        own = router.source is unwrapped(self.model) and split.can_be_cut
+        return router.num_layers if own else None
 
     @property
     def _needs_no_score(self) -> bool:
@@ -298,7 +299,7 @@ class CGGRModel(nn.Module):
         """``Σ w nll`` over the tokens to train on."""
         scorer, config, rule = self.scorer, self.config, self._rule
         recorded, hidden, synchronise = None, None, scorer.capacity == "exact"
-        depth = self._scoring_depth()
+        depth = self._scoring_depth(split)
         if config.selects_all:  # one dense pass does
             hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
         else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cggr.torch import selected_attention
+from cggr.torch.functional import autocast_dtype
 
 SDPA = "sdpa"
 NAME = "cggr_rows"  # among transformers' attention functions
@@ -107,8 +108,11 @@ def row_attention(
         if dropout == 0.0:
             low_BC, high_BC, index_BC = attention_mask[:, 0].unbind(-1)
             scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
+            # Rotary positions make float32 of what autocast multiplied in less, as for sdpa.
+            dtype = autocast_dtype(value_BKSW) or value_BKSW.dtype
+            query, key, value = (x.to(dtype) for x in (query_BHCW, key_BKSW, value_BKSW))
             mixed_BHCW = selected_attention.fused(
-                query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, scale
+                query, key, value, low_BC, high_BC, index_BC, scale
             )
             return mixed_BHCW.transpose(1, 2), None
         attention_mask = _expanded(attention_mask, key_BKSW.shape[2])

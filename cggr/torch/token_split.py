@@ -180,6 +180,11 @@ class _Cut:
 
     def __init__(self, base: nn.Module, path: str, depth: int) -> None:
         layers = list(cast(nn.ModuleList, base.get_submodule(path)))
+        if depth > len(layers):
+            raise ValueError(
+                f"the router has {depth} of the model's layers, which are {len(layers)}: make it "
+                f"anew by create_truncated_router."
+            )
         self.base, self.last = base, _Kept(layers[depth - 1])
         resumed: list[nn.Module] = [_Resumed(self.last, layer) for layer in layers[:depth]]
         self.beginning = Relayered(base, path, [*layers[: depth - 1], self.last])
@@ -263,6 +268,11 @@ class TokenSplit:
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
                 module.forget()  # the products of a step that failed
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every module runs its own parts, and so would run others in their place."""
+        return not self._twin.bypassed()
 
     def cut(self, depth: int) -> _Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""

@@ -31,20 +31,17 @@ class Twin:
     def _build(self) -> None:
         self._pairs: dict[nn.Module, nn.Module] = {}
         self._configs: dict[int, tuple[Any, Any]] = {}
+        self._known: dict[int, tuple[Any, Any]] = {}
         self.root = self._copy(self.original)
-        self._children = [
-            (original, type(original), dict(original._modules)) for original in self._pairs
-        ]
+        self._children = [(original, _children_of(original)) for original in self._pairs]
 
     def refresh(self) -> None:
         """Takes over what has been changed in the originals: attributes, modes, modules."""
-        if any(
-            type(original) is not kind or original._modules != children
-            for original, kind, children in self._children
-        ):
+        if any(_children_of(original) != children for original, children in self._children):
             self._build()
             return
-        for config, ours in self._configs.values():
+        self._known, self._configs = self._configs, {}
+        for config, ours in self._known.values():
             ours.__dict__.update(vars(config))
         for original, twin in self._pairs.items():
             if "_orig_mod" not in twin._modules:
@@ -85,16 +82,27 @@ class Twin:
         config = attributes.get("config")
         if hasattr(config, "_attn_implementation"):  # of transformers
             if id(config) not in self._configs:
-                self._configs[id(config)] = config, copy.copy(config)
+                known = self._known.get(id(config))
+                self._configs[id(config)] = known or (config, copy.copy(config))
             attributes["config"] = self._configs[id(config)][1]
         if attributes.pop("_compiled_call_impl", None) is not None:  # module.compile()
             ours = twin.__dict__.get("_compiled_call_impl") or torch.compile(twin._call_impl)
             attributes["_compiled_call_impl"] = ours
-        forward = attributes.get("forward")  # set on the instance
-        if isinstance(forward, types.MethodType) and forward.__self__ is original:
-            attributes["forward"] = types.MethodType(forward.__func__, twin)
+        if "forward" in attributes:  # set on the instance
+            attributes["forward"] = _bound_to(twin, original, attributes["forward"])
         twin.__dict__.clear()  # of what the original has no more
         twin.__dict__.update(attributes)
+
+
+def _children_of(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), *module._modules, *map(id, module._modules.values())
+
+
+def _bound_to(twin: nn.Module, original: nn.Module, forward: Any) -> Any:
+    """A method of the original as one of its twin; what is no method stays as it is."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is original:
+        return types.MethodType(forward.__func__, twin)
+    return forward
 
 
 class Relayered:
@@ -119,8 +127,11 @@ class Relayered:
             twin.__dict__.clear()
             twin.__dict__.update(vars(original))
             twin._modules = modules
-            # A forward set on the instance is bound to the original, with all its layers.
-            twin.__dict__.pop("forward", None)
+            # One that was set on the instance, and is none of its methods, would run the original
+            # with all its layers.
+            forward = _bound_to(twin, original, twin.__dict__.pop("forward", None))
+            if getattr(forward, "__self__", None) is twin:
+                twin.__dict__["forward"] = forward
 
     def _copy(self, original: nn.Module, path: str, layers: list[nn.Module]) -> nn.Module:
         name, _, rest = path.partition(".")
