@@ -1,5 +1,6 @@
 """The benchmarks, as far as they go without a CUDA device: their command, arithmetic and report."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it has no wheels 
 from cggr.bench import attention as bench_attention
 from cggr.bench import (
     batch,
+    growth,
     jax_statistics,
     linear,
     linear_loss,
@@ -68,8 +70,8 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
             "bench linear",
             (
                 "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
-                "'linear_loss', 'linear_statistics', 'attention', 'step', 'batch', "
-                "'jax_step', 'jax_statistics'."
+                "'linear_loss', 'linear_statistics', 'attention', 'step', 'batch', 'latency', "
+                "'growth', 'jax_step', 'jax_statistics'."
             ),
         ),
         (
@@ -561,6 +563,42 @@ def test_all_steps_in_flax_are_of_one_model():
         assert row["loss"] == pytest.approx(rows["dense"]["loss"], rel=0.2), name
         assert row["peak_bytes"] > 2 * weights, name  # the gradients, too
         assert row["memory_to_dense"] == row["peak_bytes"] / rows["dense"]["peak_bytes"]
+
+
+def test_latency_is_that_of_four_times_the_batch():
+    rows = measured_on_cpu("latency", StepCase(12, 96, 32, "float32", "tiny", 1, 2, 4, 2, 48))
+    assert list(rows)[:2] == ["dense", "dense, 4 times the batch"]
+    assert "token, ratio 0.25, graph, 4 times the batch" in rows
+    assert len(rows) == 10
+    losses = {name: row["loss"] for name, row in rows.items()}
+    assert losses["dense"] == losses["dense, graph"] != losses["dense, 4 times the batch"]
+    assert all(row["to_dense"] == 1.0 for row in rows.values())
+
+
+def test_growth_is_measured_and_drawn(tmp_path):
+    case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
+    rows = measured_on_cpu("growth", case)
+    assert rows["dense, graph"]["ms"] == rows["token, ratio 0.1, graph"]["ms"] == 1.0
+    assert rows["dense"]["peak_bytes"] > 2**20
+    shapes = growth.cases()
+    assert [shape.length for shape in shapes[:6]] == list(growth.LENGTHS)
+    assert {shape.batch for shape in shapes} == set(growth.BATCHES)
+    assert {shape.n_classes for shape in shapes} == set(growth.VOCABULARIES)
+    drawn = []
+    for factor in (1.0, 3.0):  # of the time of some
+        entries = [
+            {
+                "case": dataclasses.asdict(shape),
+                "contestants": [
+                    {"contestant": name, "ms": factor**i, "peak_bytes": 2**30}
+                    for i, name in enumerate(("dense", "dense, graph", "token, ratio 0.25, graph"))
+                ],
+            }
+            for shape in shapes
+        ]
+        growth.draw(entries, tmp_path / "growth.png")
+        drawn.append((tmp_path / "growth.png").read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 def test_batches_are_those_of_every_eager_step():

@@ -26,12 +26,15 @@ class Benchmark:
         measure: ``(case, settings, progress)`` to a row per contestant.
         columns: What a table shows of the rows.
         missing: What this machine lacks for it, None if nothing.
+        draw: ``(cases with their contestants, path of an image)``, of all that was measured; None
+            where there is nothing to see.
     """
 
     cases: tuple[Shape, ...]
     measure: Callable[[Any, BenchSettings, Callable[[str], None]], list[dict[str, Any]]]
     columns: tuple[Column, ...]
     missing: Callable[[], str | None] = lambda: None
+    draw: Callable[[Sequence[dict[str, Any]], Path], None] | None = None
 
 
 def check_machine() -> None:
@@ -128,6 +131,8 @@ def run_benchmark(
             "cases": found,
         }
         report.write(path, results)
+    if benchmark.draw is not None:
+        benchmark.draw(found, path.with_suffix(".png"))
     console.print(f"Results: {path}\n", highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,22 +199,27 @@ class Way(NamedTuple):
 
 def ways(settings: BenchSettings) -> tuple[Way, ...]:
     """All that are compared, the dense step first."""
-    quarter = functools.partial(_cggr, "sequence", 0.25, False)
     found = [
         Way(DENSE, functools.partial(_plain, False)),
+        Way("dense, graph", functools.partial(_plain, False), "graph"),
         Way(LIGER, functools.partial(_liger, False)),
         Way(FASTEST, functools.partial(_liger, True), "compiled"),
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         # Neither of the losses above can be captured: they ask the device.
         Way("dense, compiled graph", functools.partial(_plain, True), "compiled graph"),
         Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
-        Way("random sequences, ratio 0.25", functools.partial(quarter, rule="random")),
-        Way("sequence, ratio 0.25", functools.partial(quarter, routed=True)),
     ]
+
+    def add(name: str, split: str, ratio: float, mode: str, **options: Any) -> None:
+        make = functools.partial(_cggr, split, ratio, "compiled" in mode, **options)
+        found.append(Way(name if mode == "eager" else f"{name}, {mode}", make, mode))
+
+    for mode in MODES:
+        add("random sequences, ratio 0.25", "sequence", 0.25, mode, rule="random")
+        add("sequence, ratio 0.25", "sequence", 0.25, mode, routed=True)
     for ratio, mode, routed in itertools.product(RATIOS, MODES, (False, True)):
         name = f"token, {f'{ROUTER_LAYERS} layers score, ' if routed else ''}ratio {ratio:g}"
-        make = functools.partial(_cggr, "token", ratio, "compiled" in mode, routed=routed)
-        found.append(Way(name if mode == "eager" else f"{name}, {mode}", make, mode))
+        add(name, "token", ratio, mode, routed=routed)
     return tuple(found)
 
 
@@ -225,39 +230,49 @@ def make_ids(case: StepCase, seed: int, device: torch.device) -> Tensor:
     return ids.to(device)
 
 
+def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) -> Contestant:
+    """One way to train this model on these inputs; `name` is the way's if None."""
+    graph = way.mode.endswith("graph")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+
+    def prepare() -> Call:
+        loss_of = way.make(model, ids)
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            loss = loss_of()
+            loss.backward()
+            return loss.detach()
+
+        return captured(step, model) if graph else step
+
+    def observe(step: Call) -> dict[str, Any]:
+        if graph:  # its memory is its own, and not to be told from outside
+            return {"loss": float(step())}
+        model.zero_grad(set_to_none=True)
+        peak, loss = peak_memory(step)
+        return {"peak_bytes": weights + peak, "loss": float(loss)}
+
+    may_fail = not way.name.startswith("token")
+    return Contestant(way.name if name is None else name, prepare, observe, may_fail)
+
+
 def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
     """Measures one case."""
     if not isinstance(case, StepCase):
         raise TypeError(f"case must be a StepCase, got {case!r}.")
+    return run_ways(case, settings, progress, ways(settings))
+
+
+def run_ways(
+    case: StepCase, settings: BenchSettings, progress: Progress, found: Iterable[Way]
+) -> list[dict[str, Any]]:
+    """Measures these ways in one case."""
     model = make_model(case, settings.seed)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     ids = make_ids(case, settings.seed, model.device)
-
-    def contestant(way: Way) -> Contestant:
-        graph = way.mode.endswith("graph")
-
-        def prepare() -> Call:
-            loss_of = way.make(model, ids)
-
-            def step() -> Tensor:
-                model.zero_grad(set_to_none=True)
-                loss = loss_of()
-                loss.backward()
-                return loss.detach()
-
-            return captured(step, model) if graph else step
-
-        def observe(step: Call) -> dict[str, Any]:
-            if graph:  # its memory is its own, and not to be told from outside
-                return {"loss": float(step())}
-            model.zero_grad(set_to_none=True)
-            peak, loss = peak_memory(step)
-            return {"peak_bytes": weights + peak, "loss": float(loss)}
-
-        return Contestant(way.name, prepare, observe, may_fail=not way.name.startswith("token"))
-
     torch._dynamo.reset()
-    rows = rows_of(measure([contestant(way) for way in ways(settings)], settings, progress))
+    contestants = [contestant_of(way, model, ids) for way in found]
+    rows = rows_of(measure(contestants, settings, progress))
     model.zero_grad(set_to_none=True)
     compare(rows)
     return rows

@@ -1,0 +1,53 @@
+"""CGGRModel's step on four times the sequences, against the dense step on one batch of them.
+
+cggr 0.5.0 promised that the larger batch costs no time. The step is forward and backward, in eager
+mode and in one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cggr.bench.main import Benchmark
+from cggr.bench.report import TIMES, Column, number
+from cggr.bench.settings import BenchSettings
+from cggr.bench.step import CASES as STEP_CASES
+from cggr.bench.step import StepCase, contestant_of, make_ids, make_model, ways
+from cggr.bench.timing import Progress, measure, rows_of
+
+TIMES_BATCH = 4
+MODES = ("", ", graph")
+DENSE = "dense"
+ROUTED = ("sequence, ratio 0.25", "token, ratio 0.25", "token, 2 layers score, ratio 0.25")
+
+
+def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
+    """Measures one case: its batch for the dense step, four times as much for the others."""
+    by_name = {way.name: way for way in ways(settings)}
+    model = make_model(case, settings.seed)
+    larger = make_ids(case.of_batch(TIMES_BATCH * case.batch), settings.seed, model.device)
+    contestants = []
+    for mode in MODES:
+        dense = by_name[DENSE + mode]
+        contestants.append(contestant_of(dense, model, larger[: case.batch]))
+        contestants.append(
+            contestant_of(dense, model, larger, f"{dense.name}, {TIMES_BATCH} times the batch")
+        )
+        for name in ROUTED:
+            way = by_name[name + mode]
+            title = f"{way.name}, {TIMES_BATCH} times the batch"
+            contestants.append(contestant_of(way, model, larger, title))
+    rows = rows_of(measure(contestants, settings, progress))
+    small = {row["contestant"]: row["ms"] for row in rows if "ms" in row}
+    for row in rows:
+        reference = DENSE + MODES[", graph" in row["contestant"]]
+        if "ms" in row and reference in small:
+            row["to_dense"] = row["ms"] / small[reference]
+    return rows
+
+
+BENCHMARK = Benchmark(
+    cases=(STEP_CASES[0].of_batch(1), STEP_CASES[1].of_batch(1)),
+    measure=run,
+    columns=(*TIMES, Column("of one batch, dense", number("to_dense", ".3f"))),
+)
