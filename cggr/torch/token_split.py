@@ -185,7 +185,7 @@ class _Cut:
                 f"the router has {depth} of the model's layers, which are {len(layers)}: make it "
                 f"anew by create_truncated_router."
             )
-        self.base, self.last = base, _Kept(layers[depth - 1])
+        self.last = _Kept(layers[depth - 1])
         resumed: list[nn.Module] = [_Resumed(self.last, layer) for layer in layers[:depth]]
         self.beginning = Relayered(base, path, [*layers[: depth - 1], self.last])
         self.rest = Relayered(base, path, [*resumed, *layers[depth:]])
@@ -260,7 +260,9 @@ class TokenSplit:
             self._twin.refresh()
         if self._twin.root is not before:
             self._cuts, self._compiled = {}, {}
-        as_asked = self._asks and not self._twin.bypassed()
+        # Whether every module runs its own parts, and so would run others in their place.
+        self.can_be_cut = not self._twin.bypassed()
+        as_asked = self._asks and self.can_be_cut
         self._group = take_over(self._twin.configs) if as_asked else 0
         for cut in self._cuts.values():
             cut.beginning.refresh()
@@ -268,11 +270,6 @@ class TokenSplit:
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
                 module.forget()  # the products of a step that failed
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether every module runs its own parts, and so would run others in their place."""
-        return not self._twin.bypassed()
 
     def cut(self, depth: int) -> _Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""

@@ -116,7 +116,6 @@ class Relayered:
 
     def __init__(self, root: nn.Module, path: str, layers: list[nn.Module]) -> None:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
-        self.original = root
         self.root = self._copy(root, path, layers)
         self.refresh()
 
