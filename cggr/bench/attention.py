@@ -138,7 +138,8 @@ def _eager(mask_B1CS: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tens
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5 + mask_B1CS
-    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=precision).to(value.dtype) @ value
 
 
 def _causal(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -218,14 +219,9 @@ def first_head_truth(inputs: Inputs) -> tuple[Tensor, Tensor]:
     )
     mask = _mask(inputs.index_BC[:1], key, float("-inf"))
     query.requires_grad_()
-    out = _plain(query, key, value, mask)
+    out = _eager(mask, query, key, value)
     (gradient,) = torch.autograd.grad(out.sum(), query)
     return out.detach()[0, 0], gradient[0, 0]
-
-
-def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5 + mask
-    return scores.softmax(dim=-1) @ value
 
 
 def _error(found_BHCW: Tensor, want_CW: Tensor) -> float:
