@@ -22,7 +22,7 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.statistics import load_050
-from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of
+from cggr.bench.timing import Call, Contestant, Progress, captured, measure, rows_of
 from cggr.torch import CGGRModel, create_truncated_router
 
 RATIOS = (0.25, 0.10, 0.50)
@@ -140,6 +140,7 @@ def _cggr(
     *,
     rule: str = "stratified",
     routed: bool = False,
+    first_pass: str = "exact",
 ) -> Step:
     inner: Any = torch.compile(model, dynamic=False) if compiled else model
     wrapped = CGGRModel(
@@ -148,6 +149,7 @@ def _cggr(
         split=split,
         selection=rule,
         capacity="static",
+        first_pass=first_pass,
         min_tokens_ratio=ratio,
         warmup_steps=0,
         dynamic_threshold=False,
@@ -161,26 +163,6 @@ def _cggr_050(folder: Path | None, model: Any, ids: Tensor) -> Step:
     wrapped = module.CGGRModel(model, router=router, min_tokens_ratio=0.25, warmup_steps=0)
     wrapped = wrapped.to(ids.device)
     return lambda: wrapped(ids, labels=ids)
-
-
-def captured(step: Call, model: nn.Module) -> Call:
-    """The step as one CUDA graph, which writes the gradients anew at each replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # allocates and compiles what a capture must not
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 class Way(NamedTuple):
@@ -217,9 +199,13 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
     for mode in MODES:
         add("random sequences, ratio 0.25", "sequence", 0.25, mode, rule="random")
         add("sequence, ratio 0.25", "sequence", 0.25, mode, routed=True)
-    for ratio, mode, routed in itertools.product(RATIOS, MODES, (False, True)):
-        name = f"token, {f'{ROUTER_LAYERS} layers score, ' if routed else ''}ratio {ratio:g}"
-        add(name, "token", ratio, mode, routed=routed)
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("", {}),
+        (f"{ROUTER_LAYERS} layers score, ", {"routed": True}),
+        ("float8 first, ", {"first_pass": "float8"}),
+    )
+    for ratio, mode, (kind, options) in itertools.product(RATIOS, MODES, kinds):
+        add(f"token, {kind}ratio {ratio:g}", "token", ratio, mode, **options)
     return tuple(found)
 
 
@@ -244,7 +230,7 @@ def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) ->
             loss.backward()
             return loss.detach()
 
-        return captured(step, model) if graph else step
+        return captured(step) if graph else step
 
     def observe(step: Call) -> dict[str, Any]:
         if graph:  # its memory is its own, and not to be told from outside

@@ -71,6 +71,10 @@ class CGGRModel(nn.Module):
             scope is ``"sequence"`` with the token split, whatever a config says.
         split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
         capacity: ``"exact"`` or ``"static"``; see :class:`~cggr.torch.routing.RoutedModule`.
+        first_pass: Of the token split: ``"exact"``, or ``"float8"``, in which its linear layers
+            multiply float8 numbers, rounded to 3 bits of mantissa: faster where the model is
+            compiled and the GPU has them (Hopper on). Scores, and the keys and values of unselected
+            tokens, are then approximate, and so are the losses of selected tokens.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models), ``"auto"`` to tell by the model's class.
         **options: Fields of :class:`RoutingConfig`.
@@ -97,6 +101,7 @@ class CGGRModel(nn.Module):
         *,
         split: str = "auto",
         capacity: str = "exact",
+        first_pass: str = "exact",
         shift_labels: bool | str = "auto",
         **options: Any,
     ) -> None:
@@ -111,7 +116,12 @@ class CGGRModel(nn.Module):
         if split == "auto":
             split = _best_split(model, options)
         self.split = split
-        self._token_split = TokenSplit(model) if split == "token" else None
+        if first_pass not in ("exact", "float8"):
+            raise ValueError(f"first_pass must be 'exact' or 'float8', got {first_pass!r}.")
+        float8 = first_pass == "float8"
+        if float8 and split != "token":
+            raise ValueError("first_pass must be 'exact' with split='sequence', got 'float8'.")
+        self._token_split = TokenSplit(model, float8=float8) if split == "token" else None
         self.model = model
         self._cache_switch = cache_switch(model)
         self._scores_itself = router is None
@@ -253,7 +263,8 @@ class CGGRModel(nn.Module):
     def _current_split(self) -> TokenSplit | None:
         """The token split of the model as it is now; None for that of sequences."""
         if self._token_split is not None and self._token_split.model is not self.model:
-            self._token_split = TokenSplit(self.model)  # it was replaced
+            float8 = self._token_split.float8
+            self._token_split = TokenSplit(self.model, float8=float8)  # it was replaced
         return self._token_split
 
     def _scoring_depth(self, split: TokenSplit) -> int | None:

@@ -1,4 +1,4 @@
-"""Linear layers whose products are made once for two passes.
+"""Linear layers whose products are made once for two passes, or in float8 in the first.
 
 Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``D`` inputs, ``F`` outputs.
 """
@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cggr.torch.functional import in_autocast_dtype
+
+_FLOAT8 = torch.float8_e4m3fn
+_FLOAT8_MAX = torch.finfo(_FLOAT8).max
+_FLOAT8_MULTIPLE = 16  # of the sizes that the products take
 
 
 class RowLinear(nn.Linear):
@@ -24,18 +29,28 @@ class RowLinear(nn.Linear):
         index_BC: Positions to keep outputs of; None outside of the first pass.
         length: S of the first pass.
         kept: Outputs ``(B, C, F)`` in the order of the calls; None of what has no positions.
+        in_float8: Whether it multiplies by :func:`float8_product`.
     """
 
     index_BC: Tensor | None
     length: int
     kept: tuple[Tensor | None, ...]
+    in_float8: bool
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""
-        vars(self).update(index_BC=None, length=0, kept=())  # faster than one by one
+        vars(self).update(
+            index_BC=None, length=0, kept=(), in_float8=False
+        )  # faster than one by one
+
+    def fits_float8(self) -> bool:
+        """Whether its sizes are such that it can multiply in float8."""
+        return not any(size % _FLOAT8_MULTIPLE for size in self.weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input weight^T + bias``: ``(B, S, D)`` to ``(B, S, F)``, or ``C`` in place of ``S``."""
+        if self.in_float8:
+            return float8_product(*in_autocast_dtype(input, self.weight, self.bias))
         if self.index_BC is None and self.kept:
             output_BCF, *others = self.kept
             self.kept = tuple(others)
@@ -50,6 +65,34 @@ class RowLinear(nn.Linear):
                 output_BCF = output.gather(1, index_BC[:, :, None].expand(-1, -1, output.shape[2]))
             self.kept = (*self.kept, output_BCF)
         return output
+
+
+def float8_product(x_BSD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """``x weight^T + bias`` of float8 numbers, which have 3 bits of mantissa; without gradient.
+
+    Every row of both has a scale of its own, so that its largest entry is float8's largest.
+    """
+    x_RD, x_scale_R1 = _in_float8(x_BSD.flatten(0, -2))
+    w_FD, w_scale_F1 = _in_float8(weight_FD)
+    output_RF = F.scaled_mm(
+        x_RD,
+        w_FD.T,
+        x_scale_R1,
+        F.ScalingType.RowWise,
+        w_scale_F1.T,
+        F.ScalingType.RowWise,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    output_BSF = output_RF.unflatten(0, x_BSD.shape[:-1]).to(x_BSD.dtype)
+    return output_BSF if bias_F is None else output_BSF + bias_F
+
+
+def _in_float8(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Float8 numbers, and the scale of each row ``(R, 1)`` float32 that gives the values back."""
+    largest_R1 = x_RD.abs().amax(dim=1, keepdim=True).float()
+    scale_R1 = largest_R1.clamp(min=1e-30) / _FLOAT8_MAX  # not 0, which rows of zeros would be over
+    return (x_RD.float() / scale_R1).to(_FLOAT8), scale_R1
 
 
 class _KnownProduct(torch.autograd.Function):

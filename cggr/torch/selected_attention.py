@@ -18,13 +18,23 @@ from cggr.torch.selected import differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
+# Where the kernels were faster than a mask; float32 they multiply without tensor cores.
+_FAST_DTYPES, _FAST_WIDTH = (torch.bfloat16, torch.float16), 128
+# Keys from which on they were so in eager mode, too, where shorter attention waits for the host.
+_LONG = 4096
 
 
 @torch.compiler.assume_constant_result
-def wanted(dtype: torch.dtype, width: int) -> bool:
-    """Whether :func:`fused` is to be used where it can be: if ``CGGR_IMPLEMENTATION`` names it."""
-    named = os.environ.get("CGGR_IMPLEMENTATION") == "triton"
-    return named and dtype in DTYPES and width <= MAX_WIDTH
+def wanted(dtype: torch.dtype, width: int, length: int, *, on_nvidia: bool, compiled: bool) -> bool:
+    """Whether :func:`fused` is to be used where it can be: if ``CGGR_IMPLEMENTATION`` names it.
+
+    If that is not set: on NVIDIA's devices, where it is faster than a mask.
+    """
+    named = os.environ.get("CGGR_IMPLEMENTATION")
+    if named is None:
+        long = compiled or length >= _LONG
+        return on_nvidia and long and dtype in _FAST_DTYPES and width <= _FAST_WIDTH
+    return named == "triton" and dtype in DTYPES and width <= MAX_WIDTH
 
 
 def fused(

@@ -232,13 +232,16 @@ class TokenSplit:
     Args:
         model: One of transformers' language models, unmodified, or wrapped by torch.compile or
             peft.
+        float8: Whether the linear layers of the first pass multiply in float8.
 
     Raises:
-        ValueError: The model cannot be run on a part of its positions; the message says why.
+        ValueError: The model cannot be run on a part of its positions, or not in float8; the
+            message says why.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, float8: bool = False) -> None:
         self.model = model
+        self.float8 = float8
         self._check()
         self.router = own_router(model)
         self._compile = _compiler_of(model)
@@ -270,6 +273,11 @@ class TokenSplit:
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
                 module.forget()  # the products of a step that failed
+        if self.float8 and not self._float8_linears():
+            raise ValueError(
+                f"first_pass='float8' needs linear layers (nn.Linear) of sizes that 16 divides, of "
+                f"which {type(self._source).__name__} has none."
+            )
 
     def cut(self, depth: int) -> _Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""
@@ -334,7 +342,8 @@ class TokenSplit:
             depth: Layers that it ran.
             index_BC: int64 positions in ``[0, S)``, each at most once in a sequence.
         """
-        linears = self._row_linears(depth) if self._repeats_itself() else []
+        kept = not self.float8 and self._repeats_itself()
+        linears = self._row_linears(depth) if kept else []
         for linear in linears:
             linear.index_BC, linear.length = index_BC, recorded.positions_BS.shape[1]
         cut = self.cut(depth) if depth else None
@@ -459,6 +468,18 @@ class TokenSplit:
     def _check(self) -> None:
         if (reason := refusal(self.model)) is not None:
             raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
+        if not self.float8:
+            return
+        if not hasattr(nn.functional, "scaled_mm"):
+            raise ValueError(f"first_pass='float8' needs PyTorch 2.10, got {torch.__version__}.")
+        weight = next(self.model.parameters())
+        if weight.is_cuda and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(weight.device)
+            if capability < (8, 9):
+                raise ValueError(
+                    f"first_pass='float8' needs a GPU of compute capability 8.9, got "
+                    f"{'.'.join(map(str, capability))}."
+                )
 
     @property
     def _layers(self) -> list[nn.Module]:
@@ -470,6 +491,12 @@ class TokenSplit:
         others = {module for layer in layers[:depth] for module in layer.modules()}
         modules = (module for layer in layers[depth:] for module in layer.modules())
         return [m for m in modules if isinstance(m, RowLinear) and m not in others]
+
+    def _float8_linears(self) -> list[RowLinear]:
+        """Those that multiply in float8 in the first pass, if it is asked for."""
+        if not self.float8:
+            return []
+        return [m for m in self._row_linears(0) if m.fits_float8()]
 
     def _repeats_itself(self) -> bool:
         """Whether the second pass computes what the first one did, and once only.
@@ -553,7 +580,14 @@ class TokenSplit:
         width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
-        if not self._group or not selected_attention.wanted(self._dtype(inputs), width):
+        like = _any_of(inputs)
+        if not self._group or not selected_attention.wanted(
+            self._dtype(inputs),
+            width,
+            like.shape[1],
+            on_nvidia=like.is_cuda and torch.version.hip is None,
+            compiled=self._compile is not None or torch.compiler.is_compiling(),
+        ):
             return False
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
             return False
@@ -612,7 +646,12 @@ class TokenSplit:
             autocast = torch.autocast(kind, dtype=dtype, cache_enabled=False)
         # Nothing is there to be checkpointed, and checkpointed layers would get no cache.
         checkpointed = _checkpointed(base)
-        with torch.no_grad(), autocast, _attribute("gradient_checkpointing", False, checkpointed):
+        with (
+            torch.no_grad(),
+            autocast,
+            _attribute("gradient_checkpointing", False, checkpointed),
+            _attribute("in_float8", True, self._float8_linears()),
+        ):
             return self._base(inputs, base)
 
     @contextlib.contextmanager
