@@ -35,11 +35,26 @@ def take_over(configs: list[Any]) -> int:
     group = groups.pop()
     if group == 0 or groups:
         return 0
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()[SDPA])
+    AttentionMaskInterface.register(NAME, needed_mask)
     AttentionInterface.register(NAME, row_attention)
     for config in configs:
         config._attn_implementation = NAME
     return group
+
+
+def needed_mask(**arguments: Any) -> Tensor | None:
+    """The mask of transformers' ``sdpa``; None where causal or full attention needs none.
+
+    There transformers makes one nevertheless in compiled and captured steps, from which sdpa cannot
+    tell that it is causal: attention took three times as long.
+    """
+    length, window = arguments["kv_length"], arguments.get("local_size")
+    every = arguments.get("attention_mask") is None and (window is None or length < window)
+    causal = arguments.get("allow_is_causal_skip", True) and arguments.get("q_length") == length
+    if every and (causal or arguments.get("allow_is_bidirectional_skip", False)):
+        return None
+    mask: Tensor | None = AttentionMaskInterface()[SDPA](**arguments)
+    return mask
 
 
 def _group(config: Any) -> int:

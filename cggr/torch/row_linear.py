@@ -74,16 +74,7 @@ def float8_product(x_BSD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> T
     """
     x_RD, x_scale_R1 = _in_float8(x_BSD.flatten(0, -2))
     w_FD, w_scale_F1 = _in_float8(weight_FD)
-    output_RF = F.scaled_mm(
-        x_RD,
-        w_FD.T,
-        x_scale_R1,
-        F.ScalingType.RowWise,
-        w_scale_F1.T,
-        F.ScalingType.RowWise,
-        output_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    output_RF = float8_matmul(x_RD, w_FD, x_scale_R1, w_scale_F1)
     output_BSF = output_RF.unflatten(0, x_BSD.shape[:-1]).to(x_BSD.dtype)
     return output_BSF if bias_F is None else output_BSF + bias_F
 
@@ -93,6 +84,31 @@ def _in_float8(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     largest_R1 = x_RD.abs().amax(dim=1, keepdim=True).float()
     scale_R1 = largest_R1.clamp(min=1e-30) / _FLOAT8_MAX  # not 0, which rows of zeros would be over
     return (x_RD.float() / scale_R1).to(_FLOAT8), scale_R1
+
+
+# A custom operation, as dynamo breaks its graph at scaled_mm in PyTorch 2.11.
+@torch.library.custom_op(
+    "cggr::float8_matmul",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale) -> Tensor",
+)
+def float8_matmul(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """``(x_scale x) (weight_scale weight)^T`` ``(R, F)`` bfloat16 of float8 numbers."""
+    return F.scaled_mm(
+        x.contiguous(),
+        weight.contiguous().T,
+        x_scale,
+        F.ScalingType.RowWise,
+        weight_scale.T,
+        F.ScalingType.RowWise,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+@float8_matmul.register_fake
+def _(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
 class _KnownProduct(torch.autograd.Function):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -694,7 +694,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _attribute(name: str, value: Any, modules: list[nn.Module]) -> Iterator[None]:
+def _attribute(name: str, value: Any, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Modules whose attribute has another value meanwhile."""
     before = [vars(module).get(name) for module in modules]  # None where a class has it
     try:
