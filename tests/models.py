@@ -148,5 +148,6 @@ def labels_for(model_name, input_ids):
     """Labels of the kind that the architecture trains on: all, or a third for masked models."""
     if model_name not in MASKED:
         return input_ids.clone()
-    keep = (torch.arange(input_ids.numel()).reshape(input_ids.shape) * 7) % 3 == 0
+    place = torch.arange(input_ids.numel(), device=input_ids.device)
+    keep = (place.reshape(input_ids.shape) * 7) % 3 == 0
     return input_ids.masked_fill(~keep, -100)

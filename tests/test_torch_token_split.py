@@ -30,6 +30,7 @@ from cggr.torch import RoutingConfig, create_truncated_router, row_attention, se
 from cggr.torch.token_split import TokenSplit, refusal
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels; all else is on the CPU
 NAMES = [name for name in models.ARCHITECTURES if name != "mamba"]
 CGGRModel = functools.partial(RoutedModel, split="token")
 of_peft = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -157,7 +158,7 @@ def weights_of(selection, config, n_eligible):
     mask = selection.mask
     if config.selection != "importance":
         return mask / mask.sum()
-    weight = torch.zeros(mask.shape[0], mask.shape[1] + 1)
+    weight = torch.zeros(mask.shape[0], mask.shape[1] + 1, device=mask.device)
     weight.scatter_(1, selection.indices.long(), selection.weights)
     return weight[:, :-1] / n_eligible
 
@@ -1170,9 +1171,9 @@ INTERFACED = [name for name, attention in CASES if attention == "sdpa" and name 
 
 @pytest.mark.parametrize("name", INTERFACED)
 def test_selected_attention_by_kernels(name, selections, kernel_calls):
-    model = build(name)
+    model = build(name).to(DEVICE)
     wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
-    ids = models.token_ids(3, 12)
+    ids = models.token_ids(3, 12).to(DEVICE)
     check_step(wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids)
     assert len(kernel_calls) == models.LAYERS
 
@@ -1189,11 +1190,11 @@ def test_selected_attention_by_kernels(name, selections, kernel_calls):
     ],
 )
 def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_calls, monkeypatch):
-    ids = models.token_ids(3, 12)
+    ids = models.token_ids(3, 12).to(DEVICE)
     mask = torch.ones_like(ids)
     given = {"attention_mask": mask}
     if inputs == "packed":
-        given = {"position_ids": (torch.arange(12) % 5).expand(3, 12).contiguous()}
+        given = {"position_ids": (torch.arange(12) % 5).expand(3, 12).contiguous().to(DEVICE)}
     elif inputs == "left padding":
         mask[0, :5] = mask[1, :1] = 0
     elif inputs == "right padding":
@@ -1201,7 +1202,7 @@ def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_cal
     else:
         mask[0, 3:5] = 0
     options = {"selection": "topk", "min_tokens_ratio": 0.4, "capacity": capacity}
-    check_kernels(build(name), ids, models.labels_for(name, ids), monkeypatch, given, **options)
+    check_kernels(build(name).to(DEVICE), ids, models.labels_for(name, ids), monkeypatch, given, **options)
     assert len(kernel_calls) == (models.LAYERS if by_kernels else 0)
 
 
@@ -1220,11 +1221,11 @@ def check_kernels(model, ids, labels, monkeypatch, given, **options):
 
 @pytest.mark.parametrize("name", INTERFACED)
 def test_kernels_under_autocast(name, kernel_calls):
-    model = build(name)
-    ids = models.token_ids(3, 12)
+    model = build(name).to(DEVICE)
+    ids = models.token_ids(3, 12).to(DEVICE)
     wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
     # Not bfloat16, which the interpreter cannot multiply.
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE, dtype=torch.float16):
         loss = wrapped(ids, labels=models.labels_for(name, ids))
     loss.backward()
     assert {x.dtype for args in kernel_calls for x in args[:3]} == {torch.float16}
@@ -1233,22 +1234,22 @@ def test_kernels_under_autocast(name, kernel_calls):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_kernels_under_checkpointing(reentrant, kernel_calls, monkeypatch):
-    model = build("llama")
+    model = build("llama").to(DEVICE)
     enable_checkpointing(model, reentrant)
-    ids = models.token_ids(3, 12)
+    ids = models.token_ids(3, 12).to(DEVICE)
     check_kernels(model, ids, ids, monkeypatch, {}, selection="importance", min_tokens_ratio=0.3)
     assert len(kernel_calls) == 2 * models.LAYERS  # forward, and again
 
 
 def test_dropout_of_attention_masks_as_before(kernel_calls):
-    model = build("llama", attention_dropout=0.5)
+    model = build("llama", attention_dropout=0.5).to(DEVICE)
     wrapped = CGGRModel(model, min_tokens_ratio=0.3, **OFF)
-    ids = models.token_ids(3, 12)
+    ids = models.token_ids(3, 12).to(DEVICE)
     wrapped(ids, labels=ids).backward()
     assert not kernel_calls
     model.eval()  # no dropout: the same as without
     split = TokenSplit(model)
-    index = torch.tensor([[0, 5, 11]]).expand(3, -1)
+    index = torch.tensor([[0, 5, 11]], device=DEVICE).expand(3, -1)
     with torch.no_grad():
         recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
         by_kernels = split.rows(recorded, index, None)
@@ -1321,7 +1322,7 @@ def test_a_pass_that_fails_leaves_the_attention_as_it_was():
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
 def test_a_compiled_model_is_run_compiled(name, selections):
     torch._dynamo.reset()
-    model = build(name)
+    model = build(name).to(DEVICE)
     graphs = []
 
     def backend(graph, inputs):
@@ -1330,8 +1331,49 @@ def test_a_compiled_model_is_run_compiled(name, selections):
 
     compiled = torch.compile(model, backend=backend)
     wrapped = CGGRModel(compiled, selection="importance", min_tokens_ratio=0.3, **OFF)
-    ids = models.token_ids(3, 12)
+    ids = models.token_ids(3, 12).to(DEVICE)
     labels = models.labels_for(name, ids)
     check_step(wrapped, model, name, selections, labels, input_ids=ids)
     assert len(graphs) >= 2  # of either pass
+    torch._dynamo.reset()
+
+
+@pytest.mark.float64  # dynamo refuses to run under the guard
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "given", "masked"),
+    [
+        ("llama", None, False),
+        ("bert", None, False),
+        ("mistral", None, True),  # its window is shorter than the sequence
+        ("llama", "position_ids", True),  # which may be packed
+        ("llama", "attention_mask", True),
+    ],
+)
+def test_a_compiled_first_pass_has_a_mask_where_it_needs_one(name, given, masked):
+    torch._dynamo.reset()
+    passes = []
+
+    def keep(graph, inputs):
+        passes.append([n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target)])
+        return graph
+
+    model, ids = build(name), models.token_ids(2, 8)
+    others = {}
+    if given == "position_ids":
+        others[given] = torch.arange(8).expand(2, 8).contiguous()
+    elif given is not None:
+        others[given] = torch.ones_like(ids)
+    labels = models.labels_for(name, ids)
+    losses = []
+    for inner in (model, torch.compile(model, backend=keep, fullgraph=True)):
+        wrapped = CGGRModel(inner, selection="random", capacity="static", split="token", **OFF)
+        with torch.no_grad():
+            losses.append(wrapped(ids, labels=labels, **others).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    first = passes[0]
+    assert len(first) == models.LAYERS
+    for node in first:
+        assert (node.kwargs["attn_mask"] is not None) == masked
+        assert node.kwargs["is_causal"] == (not masked and name != "bert")
     torch._dynamo.reset()

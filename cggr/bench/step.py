@@ -136,15 +136,19 @@ def _headed(
     do, and be faster; else as in our first pass.
     """
     base = model.model
+    others: Callable[[], dict[str, Any]] = dict
     if not masked:
         from cggr.torch.row_attention import take_over
+        from cggr.torch.row_cache import RowCache
 
         twin = Twin(base)
         take_over(twin.configs)
         base = twin.root
+        # With a cache, the model does not look for packed sequences, of which a mask would tell.
+        others = lambda: {"past_key_values": RowCache(records=False)}  # noqa: E731
     if compiled:
         base = torch.compile(base, dynamic=False)
-    return lambda: loss(base(ids)[0][:, :-1], model.lm_head.weight, ids[:, 1:])
+    return lambda: loss(base(ids, **others())[0][:, :-1], model.lm_head.weight, ids[:, 1:])
 
 
 def _cggr(
