@@ -22,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2_E, Launch
+from .arithmetic import LOG2_E, Launch, capped_logits
 
 # Stands for -inf: its differences are numbers.
 _FLOOR = tl.constexpr(-1e30)
@@ -44,7 +44,16 @@ class AttentionLaunches(NamedTuple):
 
 
 def selected_attention_launches(
-    batch: int, n_heads: int, n_kv_heads: int, n_rows: int, width: int, itemsize: int, scale: float
+    batch: int,
+    n_heads: int,
+    n_kv_heads: int,
+    n_rows: int,
+    width: int,
+    itemsize: int,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    compact: bool = False,
 ) -> AttentionLaunches:
     """How to launch the kernels.
 
@@ -56,6 +65,8 @@ def selected_attention_launches(
         width: W, at most 256.
         itemsize: Bytes of an element of queries, keys and values.
         scale: Factor of the scores.
+        softcap: Scores are ``softcap tanh(scale q k / softcap)``; without if None.
+        compact: Whether gradients of keys and values are those of the C positions alone.
     """
     padded = max(16, triton.next_power_of_2(width))
     common = {
@@ -64,25 +75,29 @@ def selected_attention_launches(
         "W": width,
         "P": padded,
         "SCALE": float(scale),
+        "SOFTCAP": float(softcap or 0.0),
         # float32 is multiplied as such, not as tf32.
         "PRECISION": "ieee" if itemsize == 4 else "tf32",
     }
 
-    def launch(own: int, other: int, n_heads: int, names: str, warps: int, stages: int) -> Launch:
+    def launch(
+        own: int, other: int, n_heads: int, names: str, warps: int, stages: int, **others: bool
+    ) -> Launch:
         grid = (triton.cdiv(n_rows, own), batch * n_heads)
-        return Launch(grid, common | dict(zip(names, (own, other), strict=True)), warps, stages)
+        tiles = dict(zip(names, (own, other), strict=True))
+        return Launch(grid, common | others | tiles, warps, stages)
 
     # Within 5 % of the fastest of 12 to 24 on an H200, in bfloat16, whatever the shape.
     if itemsize == 4 or padded > 128:
         return AttentionLaunches(
             launch(32, 32, n_heads, "MT", 4, 1),
             launch(32, 32, n_heads, "MT", 4, 1),
-            launch(32, 32, n_kv_heads, "TM", 4, 1),
+            launch(32, 32, n_kv_heads, "TM", 4, 1, COMPACT=compact),
         )
     return AttentionLaunches(
         launch(64, 64, n_heads, "MT", 4, 3),
         launch(64, 32, n_heads, "MT", 4, 3),
-        launch(64, 32, n_kv_heads, "TM", 4, 2),
+        launch(64, 32, n_kv_heads, "TM", 4, 2, COMPACT=compact),
     )
 
 
@@ -129,20 +144,52 @@ def _unmasked(low_M, high_M, first, end, valid, T: tl.constexpr):
 
 
 @triton.jit
+def _part(part: tl.constexpr, first, from_, to, end):
+    """Where the tiles before those that need no mask begin and end, these, and those behind."""
+    if part == 0:
+        return first, from_
+    elif part == 1:
+        return from_, to
+    else:
+        return to, end
+
+
+@triton.jit
 def _sees(low_M, high_M, key_T):
     return (key_T[None, :] >= low_M[:, None]) & (key_T[None, :] < high_M[:, None])
 
 
 @triton.jit
+def _scores(
+    a_MP, b_TP, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores of every row of one with every row of the other, times log2(e)."""
+    s_MT = tl.dot(a_MP, tl.trans(b_TP), input_precision=PRECISION)
+    if SOFTCAP > 0.0:
+        return capped_logits(s_MT, SCALE, SOFTCAP) * LOG2_E
+    else:
+        return s_MT * (SCALE * LOG2_E)
+
+
+@triton.jit
+def _uncapped(ds, s, SOFTCAP: tl.constexpr):
+    """The gradient of scores as that of products times SCALE."""
+    if SOFTCAP > 0.0:
+        share = s * (1.0 / (SOFTCAP * LOG2_E))
+        ds *= 1.0 - share * share
+    return ds
+
+
+@triton.jit
 def _forward_tile(
     q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key_T = start + tl.arange(0, T)
     inside_T = key_T < S  # always, without a mask
     k_TP = _rows(k_ptr, key_T, stride_k, inside_T, MASKED, W, P)
-    s_MT = tl.dot(q_MP, tl.trans(k_TP), input_precision=PRECISION) * (SCALE * LOG2_E)
+    s_MT = _scores(q_MP, k_TP, SCALE, SOFTCAP, PRECISION)
     if MASKED:
         s_MT = tl.where(_sees(low_M, high_M, key_T), s_MT, _FLOOR)
     new_M = tl.maximum(top_M, tl.max(s_MT, 1))
@@ -164,7 +211,7 @@ def selected_attention_kernel(
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_ob, stride_oh, stride_o,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Mixed values ``(B, H, C, W)`` and ``log2 Σ exp(score)`` ``(B, H, C)``; zeros of no keys."""
     head = tl.program_id(1)
@@ -182,21 +229,13 @@ def selected_attention_kernel(
     out_MP = tl.zeros((M, P), tl.float32)
     first = tl.minimum(low, end) // T * T
     from_, to = _unmasked(low_M, high_M, first, end, valid_M, T)
-    for start in range(first, from_, T):
-        top_M, sum_M, out_MP = _forward_tile(
-            q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
-            SCALE, True, T, W, P, PRECISION,
-        )  # fmt: skip
-    for start in range(from_, to, T):
-        top_M, sum_M, out_MP = _forward_tile(
-            q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
-            SCALE, False, T, W, P, PRECISION,
-        )  # fmt: skip
-    for start in range(to, end, T):
-        top_M, sum_M, out_MP = _forward_tile(
-            q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
-            SCALE, True, T, W, P, PRECISION,
-        )  # fmt: skip
+    for part in tl.static_range(3):
+        begin, stop = _part(part, first, from_, to, end)
+        for start in range(begin, stop, T):
+            top_M, sum_M, out_MP = _forward_tile(
+                q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v,
+                S, SCALE, SOFTCAP, part != 1, T, W, P, PRECISION,
+            )  # fmt: skip
     seen_M = sum_M != 0.0
     sum_M = tl.where(seen_M, sum_M, 1.0)
     out_MP = out_MP / sum_M[:, None]
@@ -208,19 +247,19 @@ def selected_attention_kernel(
 @triton.jit
 def _query_gradient_tile(
     q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k, stride_v, S,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key_T = start + tl.arange(0, T)
     inside_T = key_T < S
     k_TP = _rows(k_ptr, key_T, stride_k, inside_T, MASKED, W, P)
     v_TP = _rows(v_ptr, key_T, stride_v, inside_T, MASKED, W, P)
-    s_MT = tl.dot(q_MP, tl.trans(k_TP), input_precision=PRECISION) * (SCALE * LOG2_E)
+    s_MT = _scores(q_MP, k_TP, SCALE, SOFTCAP, PRECISION)
     p_MT = tl.exp2(s_MT - lse_M[:, None])
     if MASKED:
         p_MT = tl.where(_sees(low_M, high_M, key_T), p_MT, 0.0)
     dp_MT = tl.dot(g_MP, tl.trans(v_TP), input_precision=PRECISION)
-    ds_MT = p_MT * (dp_MT - delta_M[:, None])
+    ds_MT = _uncapped(p_MT * (dp_MT - delta_M[:, None]), s_MT, SOFTCAP)
     return tl.dot(ds_MT.to(k_TP.dtype), k_TP, dq_MP, input_precision=PRECISION)
 
 
@@ -230,9 +269,9 @@ def query_gradient_kernel(
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_ob, stride_oh, stride_o, stride_gb, stride_gh, stride_g,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries ``(B, H, C, W)``, contiguous, and ``Σ out g`` ``(B, H, C)``."""
+    """Gradient of the queries, in memory as the output, and ``Σ out g`` ``(B, H, C)``."""
     head = tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     kv = h // (H // K)
@@ -251,22 +290,15 @@ def query_gradient_kernel(
     dq_MP = tl.zeros((M, P), tl.float32)
     first = tl.minimum(low, end) // T * T
     from_, to = _unmasked(low_M, high_M, first, end, valid_M, T)
-    for start in range(first, from_, T):
-        dq_MP = _query_gradient_tile(
-            q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
-            stride_v, S, SCALE, True, T, W, P, PRECISION,
-        )  # fmt: skip
-    for start in range(from_, to, T):
-        dq_MP = _query_gradient_tile(
-            q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
-            stride_v, S, SCALE, False, T, W, P, PRECISION,
-        )  # fmt: skip
-    for start in range(to, end, T):
-        dq_MP = _query_gradient_tile(
-            q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
-            stride_v, S, SCALE, True, T, W, P, PRECISION,
-        )  # fmt: skip
-    _store_rows(dq_ptr + rows * W, row_M, W, valid_M, dq_MP * SCALE, W, P)
+    for part in tl.static_range(3):
+        begin, stop = _part(part, first, from_, to, end)
+        for start in range(begin, stop, T):
+            dq_MP = _query_gradient_tile(
+                q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
+                stride_v, S, SCALE, SOFTCAP, part != 1, T, W, P, PRECISION,
+            )  # fmt: skip
+    dq_ptr += b * stride_ob + h * stride_oh
+    _store_rows(dq_ptr, row_M, stride_o, valid_M, dq_MP * SCALE, W, P)
 
 
 @triton.jit
@@ -276,16 +308,21 @@ def key_gradient_kernel(
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_gb, stride_gh, stride_g,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPACT: tl.constexpr, T: tl.constexpr,
+    M: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values ``(B, K, S, W)``, contiguous, at the positions of queries."""
+    """Gradients of keys and values ``(B, S, K, W)``, contiguous, at the positions of queries.
+
+    With COMPACT ``(B, C, K, W)``. A position of S or more is nowhere, and has gradients of zero.
+    """
     kv_head = tl.program_id(1)
     b, kv = (kv_head // K).to(tl.int64), kv_head % K
     slot_T = tl.program_id(0) * T + tl.arange(0, T)
-    used_T = slot_T < C
+    valid_T = slot_T < C
     low_ptr, high_ptr, index_ptr = low_ptr + b * C, high_ptr + b * C, index_ptr + b * C
-    key_T = tl.load(index_ptr + slot_T, mask=used_T, other=-1)
-    first_key, last_key = tl.min(tl.where(used_T, key_T, _BEYOND), 0), tl.max(key_T, 0)
+    key_T = tl.load(index_ptr + slot_T, mask=valid_T, other=_BEYOND)
+    used_T = key_T < S
+    first_key, last_key = tl.min(key_T, 0), tl.max(tl.where(used_T, key_T, -1), 0)
     k_TP = _rows(k_ptr + b * stride_kb + kv * stride_kh, key_T, stride_k, used_T, True, W, P)
     v_TP = _rows(v_ptr + b * stride_vb + kv * stride_vh, key_T, stride_v, used_T, True, W, P)
     dk_TP = tl.zeros((T, P), tl.float32)
@@ -305,14 +342,18 @@ def key_gradient_kernel(
                 )
                 lse_M = tl.load(lse_ptr + rows + row_M, mask=valid_M, other=0.0)
                 delta_M = tl.load(delta_ptr + rows + row_M, mask=valid_M, other=0.0)
-                s_TM = tl.dot(k_TP, tl.trans(q_MP), input_precision=PRECISION) * (SCALE * LOG2_E)
+                s_TM = _scores(k_TP, q_MP, SCALE, SOFTCAP, PRECISION)
                 p_TM = tl.exp2(s_TM - lse_M[None, :])
                 sees_TM = (key_T[:, None] >= low_M[None, :]) & (key_T[:, None] < high_M[None, :])
                 p_TM = tl.where(sees_TM, p_TM, 0.0)
                 dv_TP = tl.dot(p_TM.to(g_MP.dtype), g_MP, dv_TP, input_precision=PRECISION)
                 dp_TM = tl.dot(v_TP, tl.trans(g_MP), input_precision=PRECISION)
-                ds_TM = p_TM * (dp_TM - delta_M[None, :])
+                ds_TM = _uncapped(p_TM * (dp_TM - delta_M[None, :]), s_TM, SOFTCAP)
                 dk_TP = tl.dot(ds_TM.to(q_MP.dtype), q_MP, dk_TP, input_precision=PRECISION)
-    head_rows = kv_head.to(tl.int64) * S
-    _store_rows(dk_ptr + head_rows * W, key_T, W, used_T, dk_TP * SCALE, W, P)
-    _store_rows(dv_ptr + head_rows * W, key_T, W, used_T, dv_TP, W, P)
+    if COMPACT:
+        first, row_T, written_T = b * C, slot_T, valid_T
+    else:
+        first, row_T, written_T = b * S, key_T, used_T
+    head = (first * K + kv) * W
+    _store_rows(dk_ptr + head, row_T, K * W, written_T, dk_TP * SCALE, W, P)
+    _store_rows(dv_ptr + head, row_T, K * W, written_T, dv_TP, W, P)

@@ -70,6 +70,23 @@ def no_float64(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """XLA's optimisations take a third of the time of JAX's own tests, which are not about them.
+
+    Those of parity, and whatever runs on a machine with a GPU, have them.
+    """
+    if request.module.__name__.startswith("test_jax_"):
+        import jax
+
+        quick = jax.default_backend() == "cpu"
+        jax.config.update("jax_disable_most_optimizations", quick)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+    else:
+        yield
+
+
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Makes losses and statistics work on so many rows at a time: many chunks on small inputs."""

@@ -311,12 +311,16 @@ def heads_of(values, gap):
     return memory, view.unflatten(0, (batch, rows, heads)).transpose(1, 2)
 
 
-def selected_attention(query, key, value, low, high, index, grad, scale, *, gap=8, tiles=None):
+def selected_attention(
+    query, key, value, low, high, index, grad, scale, softcap=None, *, gap=8, tiles=None,
+    compact=False,
+):  # fmt: skip
     """Output and gradients of query, key and value, as float64; `tiles` are M and T of all."""
     (batch, heads, n_rows, width), (kv_heads, length) = query.shape, key.shape[1:3]
     launches = selected_attention_launches(
-        batch, heads, kv_heads, n_rows, width, query.element_size(), scale
-    )
+        batch, heads, kv_heads, n_rows, width, query.element_size(), scale, softcap,
+        compact=compact,
+    )  # fmt: skip
     if tiles is not None:
         rows, keys = tiles
         by_rows = (triton.cdiv(n_rows, rows), batch * heads)
@@ -338,9 +342,12 @@ def selected_attention(query, key, value, low, high, index, grad, scale, *, gap=
 
     lse_memory, lse = empty(batch, heads, n_rows, dtype=torch.float32)
     delta_memory, delta = empty(batch, heads, n_rows, dtype=torch.float32)
-    out_memory, out = heads_of(torch.full(query.shape, CANARY, dtype=query.dtype), gap)
-    (dq_memory, dq), (dk_memory, dk), (dv_memory, dv) = (
-        empty(*x.shape) for x in (query, key, value)
+    # The gradient of queries has the strides of the output.
+    (out_memory, out), (dq_memory, dq) = (
+        heads_of(torch.full(query.shape, CANARY, dtype=query.dtype), gap) for _ in range(2)
+    )
+    (dk_memory, dk), (dv_memory, dv) = (
+        empty(batch, n_rows if compact else length, kv_heads, width) for _ in range(2)
     )
     with Untouched(out_memory, out), Untouched(lse_memory, lse):
         run(
@@ -357,11 +364,15 @@ def selected_attention(query, key, value, low, high, index, grad, scale, *, gap=
             key_gradient_kernel, of_key, q, k, v, low, high, index, lse, g, delta, dk, dv,
             n_rows, length, *strides, *g.stride()[:3],
         )  # fmt: skip
-    others = torch.ones(batch, length, dtype=torch.bool).to(DEVICE).scatter_(1, index.long(), False)
-    for x in (dk, dv):
-        assert (x.transpose(1, 2)[others] == CANARY).all(), "a key without a query was written"
-    rows = index.long()[:, None, :, None].expand(-1, kv_heads, -1, width)
-    found = (out, dq, dk.gather(2, rows), dv.gather(2, rows))
+    inside = index < length
+    if not compact:
+        others = torch.ones(batch, length + 1, dtype=torch.bool).to(DEVICE)
+        others = others.scatter_(1, index.clamp(max=length).long(), False)[:, :length]
+        for x in (dk, dv):
+            assert (x[others] == CANARY).all(), "a key without a query was written"
+        rows = index.clamp(max=length - 1).long()[:, :, None, None].expand(-1, -1, kv_heads, width)
+        dk, dv = (x.gather(1, rows).where(inside[:, :, None, None], 0) for x in (dk, dv))
+    found = (out, dq, dk.transpose(1, 2), dv.transpose(1, 2))
     return [x.double().cpu().numpy() for x in found]
 
 

@@ -43,8 +43,14 @@ ARCHITECTURES = {
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        # A soft-cap below the logits' size, so that leaving it out shows.
-        {**_GROUPED, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.5},
+        # Soft-caps below the size of logits and scores, so that leaving them out shows.
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "final_logit_softcapping": 0.5,
+            "attn_logit_softcapping": 0.3,
+        },
     ),
     "gemma3": (
         "Gemma3TextConfig",

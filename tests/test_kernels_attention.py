@@ -16,11 +16,13 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 VIEWS = ("causal", "window", "packed", "bidirectional", "left padding")
 
 
-def attention(query, key, value, low, high, scale):
+def attention(query, key, value, low, high, scale, softcap=None):
     """Mixed values and probabilities by NumPy, zeros where a query sees nothing."""
     group = query.shape[1] // key.shape[1]
     k, v = (np.repeat(x, group, axis=1) for x in (key, value))
     scores = scale * np.einsum("bhcw,bhsw->bhcs", query, k)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     place = np.arange(key.shape[2])
     sees = (place >= low[..., None]) & (place < high[..., None])
     scores = np.where(sees[:, None], scores, -np.inf)
@@ -31,19 +33,25 @@ def attention(query, key, value, low, high, scale):
     return np.einsum("bhcs,bhsw->bhcw", p, v), p
 
 
-def expected(query, key, value, low, high, index, grad, scale):
+def expected(query, key, value, low, high, index, grad, scale, softcap=None):
     """Output, and gradients of queries and of the keys and values at `index`."""
     batch, kv_heads, _, width = key.shape
     group = query.shape[1] // kv_heads
-    out, p = attention(query, key, value, low, high, scale)
+    out, p = attention(query, key, value, low, high, scale, softcap)
     v = np.repeat(value, group, axis=1)
     ds = p * (np.einsum("bhcw,bhsw->bhcs", grad, v) - (grad * out).sum(axis=-1, keepdims=True))
+    if softcap is not None:
+        products = np.einsum("bhcw,bhsw->bhcs", query, np.repeat(key, group, axis=1))
+        ds *= 1 - np.tanh(scale * products / softcap) ** 2
     dq = scale * np.einsum("bhcs,bhsw->bhcw", ds, np.repeat(key, group, axis=1))
     dk = scale * np.einsum("bhcs,bhcw->bhsw", ds, query)
     dv = np.einsum("bhcs,bhcw->bhsw", p, grad)
-    rows = np.arange(batch)[:, None], slice(None), index
+    length = key.shape[2]
+    rows = np.arange(batch)[:, None], slice(None), np.minimum(index, length - 1)
     dk, dv = (x.reshape(batch, kv_heads, group, -1, width).sum(axis=2)[rows] for x in (dk, dv))
-    return out, dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    inside = (index < length)[:, :, None, None]
+    dk, dv = (np.where(inside, x, 0).swapaxes(1, 2) for x in (dk, dv))
+    return out, dq, dk, dv
 
 
 def problem(batch, heads, kv_heads, length, n_rows, width, dtype, view="causal", seed=0):
@@ -65,12 +73,14 @@ def problem(batch, heads, kv_heads, length, n_rows, width, dtype, view="causal",
     return query, key, value, low, high, index, grad
 
 
-def check(query, key, value, low, high, index, grad, *, scale=0.3, tolerance=None, **options):
+def check(
+    query, key, value, low, high, index, grad, *, scale=0.3, softcap=None, tolerance=None, **options
+):
     found = kernels_on.selected_attention(
-        query, key, value, low, high, index, grad, scale, **options
+        query, key, value, low, high, index, grad, scale, softcap, **options
     )
     arrays = [x.double().numpy() for x in (query, key, value)]
-    want = expected(*arrays, low, high, index, grad.double().numpy(), scale)
+    want = expected(*arrays, low, high, index, grad.double().numpy(), scale, softcap)
     tolerance = tolerance or TOLERANCE[query.dtype]
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, want, strict=True):
         assert np.isfinite(a).all(), name
@@ -80,10 +90,11 @@ def check(query, key, value, low, high, index, grad, *, scale=0.3, tolerance=Non
     return found
 
 
-def test_the_expected_gradients_are_those_of_differences():
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_expected_gradients_are_those_of_differences(softcap):
     query, key, value, low, high, index, grad = problem(2, 4, 2, 9, 5, 3, torch.float64, "window")
     arrays = [x.numpy() for x in (query, key, value)]
-    _, *gradients = expected(*arrays, low, high, index, grad.numpy(), 0.3)
+    _, *gradients = expected(*arrays, low, high, index, grad.numpy(), 0.3, softcap)
     rng, step = np.random.default_rng(1), 1e-6
     for which, gradient in enumerate(gradients):
         direction = rng.normal(size=gradient.shape)
@@ -96,7 +107,7 @@ def test_the_expected_gradients_are_those_of_differences():
         outs = []
         for sign in (1, -1):
             moved = [x + sign * step * change if i == which else x for i, x in enumerate(arrays)]
-            outs.append(attention(*moved, low, high, 0.3)[0])
+            outs.append(attention(*moved, low, high, 0.3, softcap)[0])
         numeric = ((outs[0] - outs[1]) * grad.numpy()).sum() / (2 * step)
         assert numeric == pytest.approx((gradient * direction).sum(), rel=1e-6)
 
@@ -136,6 +147,29 @@ def test_every_shape(heads, kv_heads, length, n_rows, width, dtype):
 def test_any_selection(batch, heads, length, share, view, gap):
     n_rows = max(1, round(share * length))
     check(*problem(batch, *heads, length, n_rows, 16, torch.float32, view), gap=gap, tiles=(16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_soft_cap(softcap, dtype):
+    check(*problem(2, 4, 2, 75, 29, 16, dtype, "window"), softcap=softcap, tiles=(16, 32))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_slots_of_no_position(compact):
+    query, key, value, low, high, index, grad = problem(2, 4, 2, 70, 30, 16, torch.float32)
+    index[0, 27:], index[1, 10:] = 70 + np.arange(3), 70 + np.arange(20)
+    high = np.where(index < 70, high, 0)
+    given = query, key, value, low, high, index, grad
+    out, dq, dk, dv = check(*given, tiles=(16, 16), compact=compact)
+    for x in (out, dq, dk, dv):
+        assert not x[0, :, 27:].any()
+        assert not x[1, :, 10:].any()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_compact_gradients(view):
+    check(*problem(2, 4, 2, 75, 29, 16, torch.float32, view), compact=True)
 
 
 def test_rows_in_any_order():

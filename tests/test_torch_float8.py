@@ -26,7 +26,7 @@ multiplies = pytest.mark.skipif(
 
 
 def float8(x):
-    """The nearest of e4m3's numbers, of two the even one: 4 bits from 2^-6 on, multiples of 2^-9."""
+    """The nearest of e4m3's numbers: 4 bits from 2^-6 on, multiples of 2^-9 below."""
     exponent = np.floor(np.log2(np.maximum(np.abs(x), 2.0**-6)))
     step = 2.0 ** (exponent - 3)
     return np.rint(x / step) * step

@@ -91,13 +91,13 @@ def test_the_operators_are_what_they_say():
         *problem(1, 2, 1, 20, 7, 16, torch.float32)
     )
     query, key, value = (x.detach() for x in (query, key, value))
-    out, lse = attention.selected_attention(query, key, value, low, high, 0.25)
+    out, lse = attention.selected_attention(query, key, value, low, high, 0.25, 0.0)
     assert out.transpose(1, 2).is_contiguous()  # as a model goes on with it
     checks = ("test_schema", "test_faketensor")
     forward = torch.ops.cggr.selected_attention
-    torch.library.opcheck(forward, (query, key, value, low, high, 0.25), test_utils=checks)
+    torch.library.opcheck(forward, (query, key, value, low, high, 0.25, 0.0), test_utils=checks)
     backward = torch.ops.cggr.selected_attention_gradient
-    inputs = (query, key, value, low, high, index, out, lse, grad, 0.25)
+    inputs = (query, key, value, low, high, index, out, lse, grad, 0.25, 0.0)
     torch.library.opcheck(backward, inputs, test_utils=checks)
 
 

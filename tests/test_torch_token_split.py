@@ -1167,6 +1167,12 @@ def kernel_calls(monkeypatch):
 
 
 INTERFACED = [name for name, attention in CASES if attention == "sdpa" and name != "falcon"]
+INTERFACED.append("gemma2")
+
+
+def calls_of(name):
+    """In a step: those of the second pass; with a soft-cap of the first too."""
+    return models.LAYERS * (2 if name == "gemma2" else 1)
 
 
 @pytest.mark.parametrize("name", INTERFACED)
@@ -1175,7 +1181,7 @@ def test_selected_attention_by_kernels(name, selections, kernel_calls):
     wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
     ids = models.token_ids(3, 12).to(DEVICE)
     check_step(wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids)
-    assert len(kernel_calls) == models.LAYERS
+    assert len(kernel_calls) == calls_of(name)
 
 
 @pytest.mark.parametrize(
@@ -1187,6 +1193,9 @@ def test_selected_attention_by_kernels(name, selections, kernel_calls):
         ("mistral", "left padding", "static", False),  # which may have gaps
         ("gemma3", "packed", "static", True),
         ("mistral", "packed", "exact", True),
+        ("gemma2", "packed", "static", True),
+        ("gemma2", "left padding", "exact", True),
+        ("gemma2", "gaps", "exact", False),
     ],
 )
 def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_calls, monkeypatch):
@@ -1202,8 +1211,10 @@ def test_what_the_kernels_can_see(name, inputs, capacity, by_kernels, kernel_cal
     else:
         mask[0, 3:5] = 0
     options = {"selection": "topk", "min_tokens_ratio": 0.4, "capacity": capacity}
-    check_kernels(build(name).to(DEVICE), ids, models.labels_for(name, ids), monkeypatch, given, **options)
-    assert len(kernel_calls) == (models.LAYERS if by_kernels else 0)
+    check_kernels(
+        build(name).to(DEVICE), ids, models.labels_for(name, ids), monkeypatch, given, **options
+    )
+    assert len(kernel_calls) == (calls_of(name) if by_kernels else 0)
 
 
 def check_kernels(model, ids, labels, monkeypatch, given, **options):
@@ -1219,7 +1230,7 @@ def check_kernels(model, ids, labels, monkeypatch, given, **options):
     assert_same_gradients(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("name", INTERFACED)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "bert"])
 def test_kernels_under_autocast(name, kernel_calls):
     model = build(name).to(DEVICE)
     ids = models.token_ids(3, 12).to(DEVICE)
@@ -1229,7 +1240,7 @@ def test_kernels_under_autocast(name, kernel_calls):
         loss = wrapped(ids, labels=models.labels_for(name, ids))
     loss.backward()
     assert {x.dtype for args in kernel_calls for x in args[:3]} == {torch.float16}
-    assert len(kernel_calls) == models.LAYERS
+    assert len(kernel_calls) == calls_of(name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -1239,6 +1250,29 @@ def test_kernels_under_checkpointing(reentrant, kernel_calls, monkeypatch):
     ids = models.token_ids(3, 12).to(DEVICE)
     check_kernels(model, ids, ids, monkeypatch, {}, selection="importance", min_tokens_ratio=0.3)
     assert len(kernel_calls) == 2 * models.LAYERS  # forward, and again
+
+
+def test_a_dense_step_with_a_soft_cap_is_by_kernels(kernel_calls, monkeypatch):
+    ids = models.token_ids(3, 12).to(DEVICE)
+    model = build("gemma2").to(DEVICE)
+    check_kernels(model, ids, ids, monkeypatch, {}, min_tokens_ratio=1.0)
+    assert len(kernel_calls) == models.LAYERS
+    assert model.config._attn_implementation == "eager"
+
+
+def test_dropout_with_a_soft_cap(kernel_calls, monkeypatch):
+    ids = models.token_ids(3, 12).to(DEVICE)
+    model = build("gemma2", attention_dropout=0.5).to(DEVICE)
+    wrapped = CGGRModel(model, min_tokens_ratio=0.3, **OFF)
+    wrapped(ids, labels=ids).backward()
+    assert not kernel_calls
+    model.zero_grad()
+    dense = CGGRModel(model, min_tokens_ratio=1.0, **OFF)  # masks of intervals, written out
+    torch.manual_seed(0)
+    loss = dense(ids, labels=ids)
+    torch.manual_seed(0)
+    monkeypatch.setenv("CGGR_IMPLEMENTATION", "eager")
+    torch.testing.assert_close(loss, dense(ids, labels=ids))
 
 
 def test_dropout_of_attention_masks_as_before(kernel_calls):

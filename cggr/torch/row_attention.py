@@ -2,7 +2,8 @@
 
 transformers repeats the keys and values of grouped heads wherever there is a mask, and the backward
 pass keeps the copies of every layer. Here the heads of a group are further queries of the head that
-they share, or, where each query sees an interval of the keys, nothing is masked at all.
+they share, or, where each query sees an interval of the keys, nothing is masked at all. A soft-cap
+of the scores, which sdpa has not, the kernels have.
 
 Imported only where a model of transformers is trained.
 
@@ -12,7 +13,8 @@ share each of the ``K`` heads of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +23,36 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cggr.torch import selected_attention
 from cggr.torch.functional import autocast_dtype
 
-SDPA = "sdpa"
-NAME = "cggr_rows"  # among transformers' attention functions
+SDPA, EAGER = "sdpa", "eager"
+ROWS, CAPPED = "cggr_rows", "cggr_capped_rows"  # among transformers' attention functions
 
 
 def take_over(configs: list[Any]) -> int:
-    """Makes the layers of these configurations attend by :func:`row_attention`, if they can.
+    """Makes the layers of these configurations attend by the functions below, if they can.
 
     Returns:
         G, by which :func:`for_groups` makes their masks; 0 if they attend as before.
     """
+    if all(_is_capped(config) for config in configs):
+        AttentionMaskInterface.register(CAPPED, AttentionMaskInterface()[EAGER])
+        AttentionInterface.register(CAPPED, capped_row_attention)
+        for config in configs:
+            config._attn_implementation = CAPPED
+        return 1
     groups = {_group(config) for config in configs}
     group = groups.pop()
     if group == 0 or groups:
         return 0
-    AttentionMaskInterface.register(NAME, needed_mask)
-    AttentionInterface.register(NAME, row_attention)
+    AttentionMaskInterface.register(ROWS, needed_mask)
+    AttentionInterface.register(ROWS, row_attention)
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = ROWS
     return group
+
+
+def _is_capped(config: Any) -> bool:
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return capped and config._attn_implementation == EAGER
 
 
 def needed_mask(**arguments: Any) -> Tensor | None:
@@ -75,7 +88,7 @@ def for_groups(masks: Any, group: int) -> Any:
 
 
 def as_mask(low_BC: Tensor, high_BC: Tensor, index_BC: Tensor) -> Tensor:
-    """What :func:`row_attention` takes in place of a mask ``(B, 1, C, 3)``, of four dimensions.
+    """What these functions take in place of a mask ``(B, 1, C, 3)``, of four dimensions.
 
     Such masks transformers hands on as they are.
 
@@ -119,17 +132,9 @@ def row_attention(
     Returns:
         ``(B, C, H, W)``, and no attention weights.
     """
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
+    if _is_interval(attention_mask):
         if dropout == 0.0:
-            low_BC, high_BC, index_BC = attention_mask[:, 0].unbind(-1)
-            scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
-            # Rotary positions make float32 of what autocast multiplied in less, as for sdpa.
-            dtype = autocast_dtype(value_BKSW) or value_BKSW.dtype
-            query, key, value = (x.to(dtype) for x in (query_BHCW, key_BKSW, value_BKSW))
-            mixed_BHCW = selected_attention.fused(
-                query, key, value, low_BC, high_BC, index_BC, scale
-            )
-            return mixed_BHCW.transpose(1, 2), None
+            return _by_kernels(query_BHCW, key_BKSW, value_BKSW, attention_mask, scaling), None
         attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
     batch, n_heads, n_rows, width = query_BHCW.shape
     group = n_heads // key_BKSW.shape[1]
@@ -156,3 +161,63 @@ def row_attention(
     )
     mixed_BHCW = mixed.reshape(batch, n_heads, n_rows, value_BKSW.shape[3])
     return mixed_BHCW.transpose(1, 2).contiguous(), None
+
+
+def capped_row_attention(
+    module: nn.Module,
+    query_BHCW: Tensor,
+    key_BKSW: Tensor,
+    value_BKSW: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for scores with a soft-cap, where the kernels cannot by the model's own ``eager``.
+
+    The arguments are those of :func:`row_attention`.
+    """
+    if _is_interval(attention_mask):
+        if dropout == 0.0:
+            given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scaling, softcap
+            return _by_kernels(*given), None
+        sees = _expanded(attention_mask, key_BKSW.shape[2])
+        hidden = torch.zeros(sees.shape, dtype=query_BHCW.dtype, device=sees.device)
+        attention_mask = hidden.masked_fill(~sees, torch.finfo(hidden.dtype).min)
+    eager: Any = sys.modules[type(module).__module__].eager_attention_forward
+    attended: tuple[Tensor, Tensor | None] = eager(
+        module,
+        query_BHCW,
+        key_BKSW,
+        value_BKSW,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        softcap=softcap,
+        **kwargs,
+    )
+    return attended
+
+
+def _is_interval(mask: Tensor | None) -> TypeGuard[Tensor]:
+    return mask is not None and mask.dtype == torch.int32
+
+
+def _by_kernels(
+    query_BHCW: Tensor,
+    key_BKSW: Tensor,
+    value_BKSW: Tensor,
+    mask_B1C3: Tensor,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    low_BC, high_BC, index_BC = mask_B1C3[:, 0].unbind(-1)
+    scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
+    # Rotary positions make float32 of what autocast multiplied in less, as for sdpa.
+    dtype = autocast_dtype(value_BKSW) or value_BKSW.dtype
+    query, key, value = (x.to(dtype) for x in (query_BHCW, key_BKSW, value_BKSW))
+    mixed_BHCW = selected_attention.fused(
+        query, key, value, low_BC, high_BC, index_BC, scale, softcap
+    )
+    return mixed_BHCW.transpose(1, 2)

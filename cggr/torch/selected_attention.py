@@ -45,6 +45,7 @@ def fused(
     high_BC: Tensor,
     index_BC: Tensor,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """``softmax(scale q k^T) v`` over the keys that each query sees, by the Triton kernels.
 
@@ -57,12 +58,13 @@ def fused(
         index_BC: The positions of the queries, each at most once in a sequence. Keys and values
             have gradients there, and zeros elsewhere.
         scale: Of the scores.
+        softcap: Scores are ``softcap tanh(scale q k^T / softcap)``; without if None.
 
     Returns:
         ``(B, H, C, W)``, zeros where a query sees no key.
     """
     mixed: Tensor = _SelectedAttention.apply(
-        query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, scale
+        query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, scale, softcap or 0.0
     )
     return mixed
 
@@ -75,6 +77,7 @@ def eager(
     high_BC: Tensor,
     index_BC: Tensor,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same as :func:`fused` in plain PyTorch."""
     place_S = torch.arange(key_BKSW.shape[2], device=query_BHCW.device)
@@ -83,10 +86,30 @@ def eager(
     selected_B1S1 = selected_BS.scatter(1, index_BC.long(), True)[:, None, :, None]
     key, value = (torch.where(selected_B1S1, x, x.detach()) for x in (key_BKSW, value_BKSW))
     grouped = query_BHCW.shape[1] != key_BKSW.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        query_BHCW, key, value, attn_mask=sees_BCS[:, None], scale=scale, enable_gqa=grouped
-    )
+    sees_B1CS = sees_BCS[:, None]
+    if softcap is None:
+        mixed = F.scaled_dot_product_attention(
+            query_BHCW, key, value, attn_mask=sees_B1CS, scale=scale, enable_gqa=grouped
+        )
+    else:
+        mixed = capped_attention(query_BHCW, key, value, sees_B1CS, scale, softcap)
     return torch.where((low_BC < high_BC)[:, None, :, None], mixed, 0)
+
+
+def capped_attention(
+    query_BHCW: Tensor,
+    key_BKSW: Tensor,
+    value_BKSW: Tensor,
+    sees_BHCS: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attention with a soft-cap, which sdpa has not; all scores are in memory."""
+    group = query_BHCW.shape[1] // key_BKSW.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key_BKSW, value_BKSW))
+    score_BHCS = softcap * (query_BHCW @ key.transpose(2, 3) * (scale / softcap)).tanh()
+    score_BHCS = score_BHCS.masked_fill(~sees_BHCS, torch.finfo(score_BHCS.dtype).min)
+    return score_BHCS.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -100,21 +123,23 @@ class _SelectedAttention(torch.autograd.Function):
         high_BC: Tensor,
         index_BC: Tensor,
         scale: float,
+        softcap: float,
     ) -> Tensor:
         out_BHCW, lse_BHC = selected_attention(
-            query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, scale
+            query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, scale, softcap
         )
         ctx.save_for_backward(
             query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, out_BHCW, lse_BHC
         )
-        ctx.scale = scale
+        ctx.scale, ctx.softcap = scale, softcap
         return out_BHCW
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = selected_attention_gradient(*ctx.saved_tensors, grad, ctx.scale)
-        return *gradients, *(None,) * 4
+        scores = ctx.scale, ctx.softcap
+        gradients = selected_attention_gradient(*ctx.saved_tensors, grad, *scores)
+        return *gradients, *(None,) * 5
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -122,24 +147,34 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _launches(query: Tensor, key: Tensor, scale: float) -> Any:
+def _launches(query: Tensor, key: Tensor, scale: float, softcap: float) -> Any:
     from cggr.kernels.selected_attention import selected_attention_launches
 
     (batch, n_heads, n_rows, width), n_kv_heads = query.shape, key.shape[1]
-    itemsize = query.element_size()
-    return selected_attention_launches(batch, n_heads, n_kv_heads, n_rows, width, itemsize, scale)
+    return selected_attention_launches(
+        batch, n_heads, n_kv_heads, n_rows, width, query.element_size(), scale, softcap
+    )
 
 
 @torch.library.custom_op(
     "cggr::selected_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, float scale) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, float scale, "
+    "float softcap) -> (Tensor, Tensor)",
 )
 def selected_attention(
-    query: Tensor, key: Tensor, value: Tensor, low: Tensor, high: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed values ``(B, H, C, W)``, in memory ``(B, C, H, W)``, and ``log2 Σ exp(score)``."""
+    """Mixed values ``(B, H, C, W)``, in memory ``(B, C, H, W)``, and ``log2 Σ exp(score)``.
+
+    Without a soft-cap where it is 0, which the schema can have no None for.
+    """
     from cggr.kernels.selected_attention import selected_attention_kernel
 
     query, key, value = _with_heads(query), _with_heads(key), _with_heads(value)
@@ -147,7 +182,7 @@ def selected_attention(
     if out.numel():
         launch_kernel(
             selected_attention_kernel,
-            _launches(query, key, scale).forward,
+            _launches(query, key, scale, softcap).forward,
             *(query, key, value, low.contiguous(), high.contiguous(), out, lse),
             *(query.shape[2], key.shape[2]),
             *_strides(query, key, value, out),
@@ -161,9 +196,13 @@ def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _empty_attention(query: Tensor) -> tuple[Tensor, Tensor]:
-    batch, n_heads, n_rows, width = query.shape
-    out = query.new_empty(batch, n_rows, n_heads, width).transpose(1, 2)
-    return out, query.new_empty(batch, n_heads, n_rows, dtype=torch.float32)
+    return _empty_heads(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    """``(B, H, C, W)``, in memory ``(B, C, H, W)``, as a model has it."""
+    batch, n_heads, n_rows, width = x.shape
+    return x.new_empty(batch, n_rows, n_heads, width).transpose(1, 2)
 
 
 def _with_heads(x: Tensor) -> Tensor:
@@ -174,7 +213,7 @@ def _with_heads(x: Tensor) -> Tensor:
     "cggr::selected_attention_gradient",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, Tensor index, "
-    "Tensor out, Tensor lse, Tensor grad, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor out, Tensor lse, Tensor grad, float scale, float softcap) -> (Tensor, Tensor, Tensor)",
 )
 def selected_attention_gradient(
     query: Tensor,
@@ -187,8 +226,12 @@ def selected_attention_gradient(
     lse: Tensor,
     grad: Tensor,
     scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query ``(B, H, C, W)``, key and value ``(B, K, S, W)``; 0 outside of index."""
+    """Gradients of query ``(B, H, C, W)``, key and value ``(B, K, S, W)``; 0 outside of index.
+
+    Heads are beside each other in memory.
+    """
     from cggr.kernels.selected_attention import key_gradient_kernel, query_gradient_kernel
 
     query, key, value, grad = (_with_heads(x) for x in (query, key, value, grad))
@@ -197,7 +240,7 @@ def selected_attention_gradient(
     d_key.zero_()
     d_value.zero_()
     if out.numel():
-        launches, delta = _launches(query, key, scale), torch.empty_like(lse)
+        launches, delta = _launches(query, key, scale, softcap), torch.empty_like(lse)
         sizes = query.shape[2], key.shape[2]
         launch_kernel(
             query_gradient_kernel,
@@ -220,5 +263,5 @@ def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tenso
 
 
 def _empty_attention_gradients(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (x.new_empty(x.shape) for x in tensors)
+    query, key, value = map(_empty_heads, tensors)
     return query, key, value

@@ -453,12 +453,23 @@ class TokenSplit:
         synchronise: bool,
     ) -> dict[str, Any]:
         """Inputs of a pass over everything, with a mask that the model need not look into."""
+        every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
+        if self._is_capped and self._in_intervals(inputs, key_BS, segment_BS, synchronise):
+            return inputs | {
+                "attention_mask": self._intervals(every_BS, shape[1], key_BS, segment_BS)
+            }
         if segment_BS is None and (synchronise or (key_BS is None and not self._needs_mask)):
             return inputs
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
             return inputs
-        every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
         return inputs | {"attention_mask": self._masks(every_BS, key_BS, segment_BS, inputs)}
+
+    @property
+    def _is_capped(self) -> bool:
+        """Whether attention has a soft-cap, without which sdpa is the fastest in a dense pass."""
+        from cggr.torch.row_attention import CAPPED
+
+        return any(config._attn_implementation == CAPPED for config in self._twin.configs)
 
     @property
     def _needs_mask(self) -> bool:
@@ -546,7 +557,7 @@ class TokenSplit:
 
     def _masks_of_rows(self, recorded: Recorded, index_BC: Tensor) -> Any:
         """What the layers get as masks in the second pass."""
-        from cggr.torch.row_attention import as_mask, for_groups
+        from cggr.torch.row_attention import for_groups
 
         inputs = recorded.inputs
         mask = inputs.get("attention_mask")
@@ -555,18 +566,22 @@ class TokenSplit:
             index_BHCS = index_BC[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             masks: Any = rows_BHCS.gather(2, index_BHCS)
         elif recorded.in_intervals:
-            make = functools.partial(
-                _interval,
-                index_BC,
-                recorded.positions_BS.shape[1],
-                recorded.key_BS,
-                recorded.segment_BS,
-                causal=self._causal,
-            )
-            return self._for_layers(lambda window: as_mask(*make(window=window), index_BC))
+            length = recorded.positions_BS.shape[1]
+            return self._intervals(index_BC, length, recorded.key_BS, recorded.segment_BS)
         else:
             masks = self._masks(index_BC, recorded.key_BS, recorded.segment_BS, inputs)
         return for_groups(masks, self._group) if self._group > 1 else masks
+
+    def _intervals(
+        self, index_BC: Tensor, length: int, key_BS: Tensor | None, segment_BS: Tensor | None
+    ) -> Any:
+        """What the kernels take in place of masks, for every layer."""
+        from cggr.torch.row_attention import as_mask
+
+        make = functools.partial(
+            _interval, index_BC, length, key_BS, segment_BS, causal=self._causal
+        )
+        return self._for_layers(lambda window: as_mask(*make(window=window), index_BC))
 
     def _in_intervals(
         self,
