@@ -70,21 +70,20 @@ def no_float64(request):
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """XLA's optimisations take a third of the time of JAX's own tests, which are not about them.
 
     Those of parity, and whatever runs on a machine with a GPU, have them.
     """
-    if request.module.__name__.startswith("test_jax_"):
-        import jax
+    if not request.module.__name__.rpartition(".")[2].startswith("test_jax_"):
+        yield
+        return
+    import jax
 
-        quick = jax.default_backend() == "cpu"
-        jax.config.update("jax_disable_most_optimizations", quick)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    else:
-        yield
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
