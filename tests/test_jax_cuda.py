@@ -23,9 +23,14 @@ from test_jax_dispatch import (
     true_linear_loss,
     true_loss,
 )
+from test_jax_selected_attention import CAUSAL, EVERY, WINDOW
+from test_jax_selected_attention import expected as expected_attention
+from test_jax_selected_attention import problem as attention_problem
+from test_jax_token_split import MODELS, batch_of
 
 import cggr.jax
 from cggr.jax import CGGRLinearLoss, CGGRLoss, RoutingConfig, dispatch, triton_calls
+from cggr.jax.selected_attention import by_kernels
 from cggr.kernels import chunks
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed", exc_type=ImportError)
@@ -395,3 +400,44 @@ def test_vmap_is_a_loop():
     for i, case in enumerate(cases):
         for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(single(*case)), strict=True):
             assert_near(got[i], want, 2e-2)
+
+
+@pytest.mark.parametrize("interval", [CAUSAL, EVERY, WINDOW], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_of_selected_positions(interval, dtype):
+    arrays, grad = attention_problem(4, 2, dtype)
+
+    @jax.jit
+    def run(query, key, value, *others):
+        attend = functools.partial(by_kernels, interval=interval, scale=0.3)
+        out, pull = jax.vjp(lambda *rows: attend(*rows, *others), query, key, value)
+        return out, *pull(grad)
+
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    found = run(*arrays)
+    for a, b in zip(found, expected_attention(arrays, grad, interval, 0.3), strict=True):
+        atol = tolerance * max(np.abs(b).max(), 1.0)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=atol)
+
+
+def test_a_token_split_attends_by_kernels(monkeypatch):
+    ids, labels, _ = batch_of(padded=False)
+    options = {"selection": "importance", "warmup_steps": 0, "min_tokens_ratio": 0.4}
+    found = []
+    for named in ("triton", "xla"):
+        monkeypatch.setenv("CGGR_IMPLEMENTATION", named)
+        routed = cggr.jax.CGGRModel(MODELS["rotary"](), split="token", **options)
+        definition, state = nnx.split(routed)
+
+        @jax.jit
+        def step(state, definition=definition):
+            model = nnx.merge(definition, state)
+            return nnx.value_and_grad(lambda model: model(ids, labels=labels))(model)
+
+        assert ("key_gradient_kernel" in step.lower(state).as_text()) == (named == "triton")
+        loss, gradient = step(state)
+        found.append((float(loss), jax.tree.map(np.asarray, jax.tree.leaves(gradient))))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    scale = max(np.abs(x).max() for x in found[1][1])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 0.05 * scale))

@@ -32,7 +32,7 @@ from cggr.jax import (
 )
 from cggr.kernels import chunks
 
-OUTPUT = object()  # the pointer of a launch's result
+OUTPUTS = tuple(object() for _ in range(2))  # pointers of a launch's results
 
 
 def call_03(
@@ -56,7 +56,8 @@ def call_03(
 ):
     """triton_call of 0.3.1: inputs, then outputs, have the kernel's first places."""
     assert not any(isinstance(x, (bool, int, float)) for x in args)  # 1 would be a constant
-    named = dict(zip(parameters(kernel), [*args, OUTPUT], strict=False))
+    outputs = OUTPUTS[: len(out_shape)]
+    named = dict(zip(parameters(kernel), [*args, *outputs], strict=False))
     assert not named.keys() & metaparams.keys()
     return launch(kernel, named | metaparams, out_shape, grid, num_warps, num_stages)
 
@@ -86,13 +87,12 @@ def call_04(
     named = dict(zip(parameters(kernel), args, strict=False)) | kwargs
     is_constant = parameters(kernel)
     missing = [x for x in is_constant if x not in named and not is_constant[x]]
-    assert len(missing) == 1
-    named[missing[0]] = OUTPUT
+    named |= dict(zip(missing, OUTPUTS[: len(out_type)], strict=True))
     return launch(kernel, named, out_type, grid, num_warps, num_stages)
 
 
 class JaxTriton(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a jax_triton of a version that calls ``launch(kernel, named, output, grid, ...)``."""
+    """Finds a jax_triton of a version that calls ``launch(kernel, named, outputs, grid, ...)``."""
 
     def __init__(self, version, launch):
         self.version, self.launch = version, launch
@@ -151,10 +151,10 @@ def recorded(installed):
     def install(version):
         launches = []
 
-        def launch(kernel, named, output, grid, num_warps, num_stages):
+        def launch(kernel, named, outputs, grid, num_warps, num_stages):
             assert named.keys() == parameters(kernel).keys()
-            launches.append((kernel, named, output, grid, num_warps, num_stages))
-            return jnp.zeros(output.shape, output.dtype)
+            launches.append((kernel, named, outputs, grid, num_warps, num_stages))
+            return [jnp.zeros(output.shape, output.dtype) for output in outputs]
 
         installed(version, launch)
         return launches
@@ -173,7 +173,7 @@ def interpreted(installed, request, monkeypatch):
 
     one_at_a_time = threading.Lock()  # devices call from threads of their own
 
-    def launch(kernel, named, output, grid, num_warps, num_stages):
+    def launch(kernel, named, outputs, grid, num_warps, num_stages):
         is_constant = parameters(kernel)
         assert named.keys() == is_constant.keys()
         constants = {name: value for name, value in named.items() if is_constant[name]}
@@ -184,13 +184,14 @@ def interpreted(installed, request, monkeypatch):
             with one_at_a_time:
                 for place, array in zip(places, arrays, strict=True):
                     arguments[place] = to_torch(np.array(array))
-                result = to_torch(np.full(output.shape, np.nan, output.dtype))
-                with_result = [result if x is OUTPUT else x for x in arguments]
+                results = [to_torch(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
+                pointers = {id(x): result for x, result in zip(OUTPUTS, results, strict=False)}
+                with_results = [pointers.get(id(x), x) for x in arguments]
                 how = Launch(grid, constants, num_warps, num_stages)
-                kernels_on.run(kernel, how, *with_result)
-                return from_torch(result)
+                kernels_on.run(kernel, how, *with_results)
+                return [from_torch(result) for result in results]
 
-        return jax.pure_callback(run, output, *(arguments[place] for place in places))
+        return jax.pure_callback(run, list(outputs), *(arguments[place] for place in places))
 
     installed(getattr(request, "param", "0.3.1"), launch)
     monkeypatch.setenv("CGGR_IMPLEMENTATION", "triton")
@@ -467,8 +468,8 @@ def test_launches_are_those_of_the_kernels_own_tables(recorded, monkeypatch, ver
     expected.append((linear.join_sums_kernel, join, sizes, out))
 
     found = []
-    for kernel, named, output, *how in launches:
-        assert list(named.values()).count(OUTPUT) == 1
+    for kernel, named, (output,), *how in launches:
+        assert list(named.values()).count(OUTPUTS[0]) == 1
         numbers = {name: x for name, x in named.items() if isinstance(x, (bool, int, float))}
         found.append((kernel, numbers, *how, (output.shape, output.dtype)))
     del found[1]  # under jit, what has a gradient is traced once without it

@@ -7,6 +7,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``C`` slots of each for the selected on
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from flax import errors, nnx
 from jax import Array
 
 from cggr.jax.router import frozen
+from cggr.jax.selected_attention import Interval, by_kernels, interval_of, wanted
 
 # What may be passed on to attention over other queries: none of it depends on where they stand.
 _PLACELESS = frozenset(
@@ -202,18 +204,57 @@ class RowAttention(nnx.Module):
         slot_C = jnp.arange(index_BC.shape[1], dtype=index_BC.dtype)
         index_BC = jnp.where(index_BC < length, index_BC, length + slot_C)
         options = _defaults(self.attention_fn) | options
-        sees = _sees(index_BC, length, options)
+        attend = functools.partial(self._by_mask, record.mask, record.bias, bias, dict(options))
+        arrays = (query, key, value, record.key, record.value, index_BC)
+        interval = None
+        if record.mask is None and record.bias is None:
+            interval = interval_of(self.attention_fn, options, query.dtype)
+        if interval is None or (where := wanted(*arrays[:-1])) is None:
+            return attend(*arrays)
+        fused = functools.partial(_by_kernels, interval, options.get("scale"))
+        if where == "always":
+            return fused(*arrays)
+        mixed: Array = jax.lax.platform_dependent(*arrays, cuda=fused, default=attend)
+        return mixed
+
+    def _by_mask(
+        self,
+        recorded_mask: Array | None,
+        recorded_bias: Array | None,
+        bias: Array | None,
+        options: dict[str, Any],
+        query: Array,
+        key: Array,
+        value: Array,
+        every_key: Array,
+        every_value: Array,
+        index_BC: Array,
+    ) -> Array:
+        sees = _sees(index_BC, every_key.shape[1], options)
         _check_options(self.attention_fn, options)
-        mask = _rows(record.mask, index_BC)
+        mask = _rows(recorded_mask, index_BC)
         if mask is None:
             mask = sees
         elif sees is not None:
             mask = mask.astype(bool) & sees
-        if record.bias is not None:
-            options["bias"] = _biased(record.bias, bias, index_BC)
-        key = _put(record.key, key, index_BC)
-        value = _put(record.value, value, index_BC)
+        if recorded_bias is not None:
+            options["bias"] = _biased(recorded_bias, bias, index_BC)
+        key, value = _put(every_key, key, index_BC), _put(every_value, value, index_BC)
         return self.attention_fn(query, key, value, mask=mask, **options)
+
+
+def _by_kernels(
+    interval: Interval,
+    scale: float | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    every_key: Array,
+    every_value: Array,
+    index_BC: Array,
+) -> Array:
+    every = _put(every_key, key, index_BC), _put(every_value, value, index_BC)
+    return by_kernels(query, key, value, *every, index_BC, interval=interval, scale=scale)
 
 
 def record_pass(model: nnx.Module, *inputs: Any, **model_inputs: Any) -> tuple[Any, list[Record]]:

@@ -147,7 +147,7 @@ def _run(operation: str, arrays: tuple[Array | None, ...], static: tuple[Any, ..
     has_kernel = dtype in triton_calls.DTYPES
     name = os.environ.get("CGGR_IMPLEMENTATION")
     if name is None:
-        if has_kernel and _may_launch():
+        if has_kernel and may_launch():
             return _by_platform(operation, static, *arrays)
         name = "xla"
     if name not in IMPLEMENTATIONS:
@@ -163,7 +163,7 @@ def _run(operation: str, arrays: tuple[Array | None, ...], static: tuple[Any, ..
     return getattr(IMPLEMENTATIONS[name], operation)(*arrays, *static)
 
 
-def _may_launch() -> bool:
+def may_launch() -> bool:
     """Whether the kernels are the default, should the code be compiled for an NVIDIA GPU."""
     if importlib.util.find_spec("jax_triton") is None or jax.default_backend() != "gpu":
         return False

@@ -195,7 +195,7 @@ def _columns(out_6N: Array, shape: tuple[int, ...], has_targets: bool) -> TokenS
 
 
 def _statistics(logits_NV: Array, target_N: Array | None, ignore_index: int, head: _Head) -> Array:
-    source = _import("cggr.kernels.token_statistics")
+    source = import_kernels("cggr.kernels.token_statistics")
     n_rows, n_classes = logits_NV.shape
     logit_scale, softcap = head
     launch = source.token_statistics_launch(
@@ -238,7 +238,7 @@ def _fused_statistics(
     head: _Head,
 ) -> Array:
     """Statistics from products that never leave the multiprocessors; 2-byte dtypes."""
-    source = _import("cggr.kernels.linear_token_statistics")
+    source = import_kernels("cggr.kernels.linear_token_statistics")
     n_rows, hidden_size = hidden_ND.shape
     logit_scale, softcap = head
     sums_launch, join_launch, splits, split_classes = source.linear_token_statistics_launch(
@@ -323,7 +323,7 @@ def _gradient(
     head: _Head,
 ) -> Array:
     """Gradient of ``Σ row_grad nll`` to a head's output; the columns begin at `first_class`."""
-    source = _import("cggr.kernels.selected_cross_entropy")
+    source = import_kernels("cggr.kernels.selected_cross_entropy")
     n_rows, n_classes = logits_RC.shape
     logit_scale, softcap = head
     launch = source.cross_entropy_gradient_launch(
@@ -339,6 +339,41 @@ def _gradient(
     return _call(kernel, launch, inputs, logits_RC.shape, logits_RC.dtype)
 
 
+def call_kernel(
+    kernel: Any,
+    launch: Any,
+    inputs: tuple[Array, ...],
+    *outputs: jax.ShapeDtypeStruct,
+    **sizes: int,
+) -> tuple[Array, ...]:
+    """Launch a kernel on its input pointers; `sizes` are its integers behind the output pointers.
+
+    By name, for jax-triton 0.3 they are constants, as it puts outputs behind all that is
+    positional, and for 0.4 arguments.
+    """
+    if 0 in outputs[0].shape:
+        return tuple(jnp.zeros_like(inputs[0], shape=x.shape, dtype=x.dtype) for x in outputs)
+    jax_triton = import_kernels("jax_triton")
+    name = "out_shape" if jax_triton.__version_info__ < (0, 4) else "out_type"
+
+    @jax.custom_batching.sequential_vmap  # jax-triton has no rule for vmap
+    def start(*inputs: Array) -> tuple[Array, ...]:
+        results = jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **{name: outputs},
+            **launch.constants,
+            **sizes,
+        )
+        return tuple(results)
+
+    results: tuple[Array, ...] = _alike(*inputs, *start(*inputs))[len(inputs) :]
+    return results
+
+
 def _call(
     kernel: Any,
     launch: Any,
@@ -347,30 +382,9 @@ def _call(
     dtype: Any = jnp.float32,
     **sizes: int,
 ) -> Array:
-    """Launch a kernel on its input pointers; `sizes` are its integers behind the output pointer.
-
-    By name, for jax-triton 0.3 they are constants, as it puts an output behind all that is
-    positional, and for 0.4 arguments.
-    """
-    if 0 in shape:
-        return jnp.zeros_like(inputs[0], shape=shape, dtype=dtype)
-    jax_triton = _import("jax_triton")
-    output = "out_shape" if jax_triton.__version_info__ < (0, 4) else "out_type"
-
-    @jax.custom_batching.sequential_vmap  # jax-triton has no rule for vmap
-    def start(*inputs: Array) -> Array:
-        return jax_triton.triton_call(
-            *inputs,
-            kernel=kernel,
-            grid=launch.grid,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **{output: jax.ShapeDtypeStruct(shape, dtype)},
-            **launch.constants,
-            **sizes,
-        )
-
-    return _alike(*inputs, start(*inputs))[-1]
+    """The same for one output."""
+    (result,) = call_kernel(kernel, launch, inputs, jax.ShapeDtypeStruct(shape, dtype), **sizes)
+    return result
 
 
 def _alike(*arrays: Any) -> Any:
@@ -378,7 +392,7 @@ def _alike(*arrays: Any) -> Any:
     return alike(*arrays) if jax.sharding.get_abstract_mesh().manual_axes else arrays
 
 
-def _import(module: str) -> Any:
+def import_kernels(module: str) -> Any:
     """A module that needs jax-triton, or the Triton that comes with it."""
     # Importing jax-triton 0.3 sets this variable to "", with which PyTorch's kernels do not
     # compile, and 0.4 deletes it.
