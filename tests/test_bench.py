@@ -551,6 +551,20 @@ def test_all_steps_are_of_one_model():
             assert row["to_dense"] == 1.0
             weights = 4 * (96 * 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 64) + 32)
             assert name.endswith("graph") or row["peak_bytes"] == weights + 2**20
+            assert row["tokens_per_s"] == 24e3  # a step took 1 ms
+    products = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 96 * 32
+    scores = 2 * 2 * 4 * 8 * 12 * 13 // 2  # of 2 layers, 2 sequences, 4 heads
+    forward = 2 * 24 * products + 4 * scores
+    of_forward = {name: row["flops"] / (forward * 1e3) for name, row in rows.items() if "ms" in row}
+    for name, expected in (
+        ("dense", 3.0),
+        ("random sequences, ratio 0.25", 0.75),
+        ("sequence, ratio 0.25", 0.75 + 1),  # a router of both layers
+        ("token, ratio 0.25", 1.75),
+        ("token, 2 layers score, ratio 0.25", 1.75),
+        ("token, ratio 0.1, graph", 1.3),
+    ):
+        assert of_forward[name] == pytest.approx(expected), name
 
 
 def test_all_steps_in_flax_are_of_one_model():

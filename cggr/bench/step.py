@@ -65,6 +65,16 @@ class StepCase(Case):
         """Tokens of a sequence."""
         return self.n_rows // self.batch
 
+    @property
+    def operations(self) -> int:
+        """Of a forward pass: two for every weight and token, and every query, key and value."""
+        width = self.hidden_size or 0
+        attention = 2 * width * (width + width * self.kv_heads // self.heads)
+        weights = self.layers * (attention + 3 * width * self.intermediate_size)
+        pairs = self.n_rows * (self.length + 1) // 2
+        head = self.n_classes * width
+        return 2 * self.n_rows * (weights + head) + 4 * self.layers * width * pairs
+
     def of_batch(self, batch: int) -> StepCase:
         """The same with another number of sequences."""
         return dataclasses.replace(self, batch=batch, n_rows=batch * self.length)
@@ -192,11 +202,14 @@ class Way(NamedTuple):
         name: As the report calls it.
         make: From a model and its inputs to a function that computes the loss.
         mode: Which executes it: eager, compiled, graph (one CUDA graph), or compiled graph.
+        forwards: Its operations in those of a forward pass over everything, given the layers that
+            score, as a part of all; a backward pass has those of two.
     """
 
     name: str
     make: Callable[[Any, Tensor], Step]
     mode: str = "eager"
+    forwards: Callable[[float], float] = lambda scoring: 3.0
 
 
 def ways(settings: BenchSettings) -> tuple[Way, ...]:
@@ -210,12 +223,23 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         # Neither of the losses above can be captured: they ask the device.
         Way("dense, compiled graph", functools.partial(_plain, True), "compiled graph"),
-        Way("cggr 0.5.0, ratio 0.25", functools.partial(_cggr_050, settings.cggr_050)),
+        Way(
+            "cggr 0.5.0, ratio 0.25",
+            functools.partial(_cggr_050, settings.cggr_050),
+            forwards=lambda scoring: scoring + 0.75,
+        ),
     ]
 
     def add(name: str, split: str, ratio: float, mode: str, **options: Any) -> None:
         make = functools.partial(_cggr, split, ratio, "compiled" in mode, **options)
-        found.append(Way(name if mode == "eager" else f"{name}, {mode}", make, mode))
+        routed = options.get("routed", False)
+
+        def forwards(scoring: float) -> float:
+            if split == "sequence":
+                return 3 * ratio + (scoring if routed else 0.0)
+            return 1 + 2 * ratio + ratio * (scoring if routed else 1.0)
+
+        found.append(Way(name if mode == "eager" else f"{name}, {mode}", make, mode, forwards))
 
     for mode in MODES:
         add("random sequences, ratio 0.25", "sequence", 0.25, mode, rule="random")
@@ -260,7 +284,8 @@ def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) ->
         peak, loss = peak_memory(step)
         return {"peak_bytes": weights + peak, "loss": float(loss)}
 
-    may_fail = not way.name.startswith("token")
+    # Not every GPU has float8.
+    may_fail = not way.name.startswith("token") or "float8" in way.name
     return Contestant(way.name if name is None else name, prepare, observe, may_fail)
 
 
@@ -275,12 +300,19 @@ def run_ways(
     case: StepCase, settings: BenchSettings, progress: Progress, found: Iterable[Way]
 ) -> list[dict[str, Any]]:
     """Measures these ways in one case."""
+    found = tuple(found)
     model = make_model(case, settings.seed)
     ids = make_ids(case, settings.seed, model.device)
     torch._dynamo.reset()
     contestants = [contestant_of(way, model, ids) for way in found]
     rows = rows_of(measure(contestants, settings, progress))
     model.zero_grad(set_to_none=True)
+    forwards = {way.name: way.forwards(ROUTER_LAYERS / case.layers) for way in found}
+    for row in rows:
+        if "ms" in row:
+            seconds = row["ms"] * 1e-3
+            row["tokens_per_s"] = case.n_rows / seconds
+            row["flops"] = forwards[row["contestant"]] * case.operations / seconds
     compare(rows)
     return rows
 
@@ -304,6 +336,8 @@ BENCHMARK = Benchmark(
         *TIMES,
         Column("of dense", number("to_dense", ".3f")),
         Column("of compiled", number("to_compiled", ".3f")),
+        Column("k tokens/s", number("tokens_per_s", ".0f", 1e3)),
+        Column("TFLOP/s", number("flops", ".0f", 1e12)),
         Column("peak GiB", number("peak_bytes", ".2f", 2**30)),
         Column("of Liger's", number("memory_to_liger", ".3f")),
         Column("loss", number("loss", ".3f")),
