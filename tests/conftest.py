@@ -81,9 +81,11 @@ def quick_compilation(request):
         return
     import jax
 
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # the option is no part of their keys
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_jax_dispatch import EITHER_VERSION, installed, interpreted, without_jax_triton
+from jax.sharding import PartitionSpec as P
+from test_jax_dispatch import (
+    EITHER_VERSION,
+    installed,
+    interpreted,
+    two_devices,
+    without_jax_triton,
+)
 from test_jax_token_split import MODELS, batch_of, inputs_for, loss_and_gradient
 
 from cggr.jax import CGGRModel, attention, selected_attention
@@ -42,8 +49,8 @@ def expected(arrays, grad, interval, scale):
         np.zeros_like(index) if interval.before is None else np.maximum(index - interval.before, 0)
     )
     high = np.full_like(index, LENGTH)
-    if interval.behind is not None:
-        high = np.minimum(index + interval.behind + 1, LENGTH)
+    if interval.after is not None:
+        high = np.minimum(index + interval.after + 1, LENGTH)
     high[index >= LENGTH] = 0
     heads_first = (np.swapaxes(x, 1, 2).astype(np.float64) for x in (query, key, value))
     grad = np.swapaxes(np.asarray(grad), 1, 2).astype(np.float64)
@@ -162,6 +169,8 @@ def test_a_step_is_that_of_masks(interpreted, name, interval, calls, monkeypatch
         (jax.nn.dot_product_attention, {"key_value_seq_lengths": jnp.ones(2)}, None),
         (jax.nn.dot_product_attention, {"scale": jnp.ones(())}, None),
         (lambda query, key, value, mask: query, {}, None),
+        (functools.partial(nnx.dot_product_attention, bias=jnp.ones((1, 1, 1, 5))), {}, None),
+        (nnx.dot_product_attention, {"promote_dtype": lambda x, dtype=None: x}, None),
     ],
 )
 def test_what_queries_see_by_options(function, options, interval):
@@ -173,31 +182,50 @@ def test_where_the_kernels_are_wanted(monkeypatch):
     wide = jnp.ones((1, 2, 2, 192), "bfloat16")
     monkeypatch.delenv("CGGR_IMPLEMENTATION", raising=False)
     monkeypatch.setattr(selected_attention, "may_launch", lambda: True)
-    assert selected_attention.wanted(half, half) == "on CUDA"
-    assert selected_attention.wanted(single, single) is None
-    assert selected_attention.wanted(wide, wide) is None
+    assert selected_attention.where_wanted(half, half, half) == "on CUDA"
+    assert selected_attention.where_wanted(single, single, single) is None
+    assert selected_attention.where_wanted(wide, wide, wide) is None
     monkeypatch.setattr(selected_attention, "may_launch", lambda: False)
-    assert selected_attention.wanted(half, half) is None
+    assert selected_attention.where_wanted(half, half, half) is None
     monkeypatch.setenv("CGGR_IMPLEMENTATION", "triton")
     for x in (half, single, wide):
-        assert selected_attention.wanted(x, x) == "always"
-    assert selected_attention.wanted(half, single) is None
-    assert selected_attention.wanted(jnp.ones((1, 2, 2, 320))) is None
+        assert selected_attention.where_wanted(x, x, x) == "everywhere"
+    assert selected_attention.where_wanted(half, half, single) is None
+    assert selected_attention.where_wanted(half, half, half[..., :32]) is None
+    assert selected_attention.where_wanted(half, jnp.ones((1, 2, 3, 64), "bfloat16")) is None
+    assert selected_attention.where_wanted(*3 * [jnp.ones((1, 2, 2, 320))]) is None
     monkeypatch.setenv("CGGR_IMPLEMENTATION", "xla")
-    assert selected_attention.wanted(half, half) is None
+    assert selected_attention.where_wanted(half, half, half) is None
 
 
 def test_by_default_a_compiler_chooses(monkeypatch, calls):
     # A process with a GPU that computes on the CPU, where the kernels cannot run.
     monkeypatch.delenv("CGGR_IMPLEMENTATION", raising=False)
-    monkeypatch.setattr(attention, "wanted", lambda *arrays: "on CUDA")
     monkeypatch.setattr(attention, "by_kernels", lambda query, *others, **options: query * jnp.nan)
     ids, labels, _ = batch_of(padded=False)
     losses = []
     for where in ("on CUDA", None):
-        monkeypatch.setattr(attention, "wanted", lambda *arrays, where=where: where)
+        monkeypatch.setattr(attention, "where_wanted", lambda *arrays, where=where: where)
         routed = CGGRModel(MODELS["rotary"](), split="token", warmup_steps=0, min_tokens_ratio=0.3)
         loss, gradient = loss_and_gradient(routed, ids, labels)
         losses.append((float(loss), nnx.to_pure_dict(gradient)))
     assert losses[0][0] == losses[1][0]
     jax.tree.map(np.testing.assert_array_equal, losses[0][1], losses[1][1])
+
+
+def test_heads_on_devices_that_share_keys(interpreted):
+    # Queries of every device attend to the same keys, whose gradient is the sum of theirs.
+    mesh = two_devices()
+    arrays, grad = problem(4, 1, "float32")
+    heads = P(None, None, "data")
+
+    def total(query, key, value, *others):
+        out = by_kernels(query, key, value, *others[:-1], interval=CAUSAL, scale=0.3)
+        return jax.lax.psum((out * others[-1]).sum(), "data")
+
+    sharded = jax.shard_map(
+        total, mesh=mesh, in_specs=(heads, P(), P(), P(), P(), P(), heads), out_specs=P()
+    )
+    found = jax.jit(jax.grad(sharded, argnums=(0, 1, 2)))(*arrays, grad)
+    for a, b in zip(found, expected(arrays, grad, CAUSAL, 0.3)[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1.0))

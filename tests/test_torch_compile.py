@@ -203,6 +203,20 @@ def test_a_model_is_that_of_eager():
     assert compilations() <= levels(options, steps, 1, 6)
 
 
+def test_a_compiled_model_takes_other_lengths():
+    model = models.build("llama", layers=1)
+    module = CGGRModel(
+        model, split="token", capacity="static", min_tokens_ratio=0.4, warmup_steps=0
+    )
+    train = torch.compile(module, fullgraph=True, backend="eager")
+    for length in (8, 10, 11):
+        ids = models.token_ids(2, length)
+        draw = module.scorer.draw_count.clone()
+        loss = train(ids, labels=ids)
+        module.scorer.draw_count.copy_(draw)
+        torch.testing.assert_close(loss, module(ids, labels=ids), rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_numbers_of_eager(monkeypatch, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:

@@ -1,5 +1,7 @@
 """The first pass in float8: products against float64, and that only the first pass has them."""
 
+import types
+
 import models
 import numpy as np
 import pytest
@@ -186,8 +188,24 @@ def test_versions_and_devices_without_it(monkeypatch):
         without.delattr(F, "scaled_mm")
         with pytest.raises(ValueError, match=r"needs PyTorch 2.10, got"):
             CGGRModel(model, first_pass="float8")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    ids = models.token_ids(2, 8)
+    wrapped = CGGRModel(model, first_pass="float8", min_tokens_ratio=0.5, **OFF)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+    with pytest.raises(ValueError, match=r"capability \(8, 9\), .* got cpu with PyTorch 2.12.1"):
+        wrapped(ids, labels=ids)
+    parameter = types.SimpleNamespace(device=torch.device("cuda"))
+    split = wrapped._token_split
+    monkeypatch.setattr(split.model, "parameters", lambda: iter([parameter]))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"compute capability 8.9, got 8.0"):
-        CGGRModel(model, first_pass="float8")
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
+        if capability == (9, 0):
+            split._check_float8()
+        else:
+            with pytest.raises(ValueError, match=r"capability \(8, 9\), .* got \(8, 0\)"):
+                split._check_float8()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match=r"an NVIDIA GPU .* got cuda with"):
+        split._check_float8()

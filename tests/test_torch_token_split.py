@@ -1260,6 +1260,18 @@ def test_a_dense_step_with_a_soft_cap_is_by_kernels(kernel_calls, monkeypatch):
     assert model.config._attn_implementation == "eager"
 
 
+def test_soft_capped_attention_of_another_file(kernel_calls, monkeypatch):
+    import transformers.models.gemma2.modeling_gemma2 as gemma2
+
+    model = build("gemma2").to(DEVICE)
+    mine = type("MyAttention", (gemma2.Gemma2Attention,), {"__module__": __name__})
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = mine
+    ids = models.token_ids(2, 8).to(DEVICE)
+    check_kernels(model, ids, ids, monkeypatch, {}, min_tokens_ratio=0.4)
+    assert len(kernel_calls) == calls_of("gemma2")
+
+
 def test_dropout_with_a_soft_cap(kernel_calls, monkeypatch):
     ids = models.token_ids(3, 12).to(DEVICE)
     model = build("gemma2", attention_dropout=0.5).to(DEVICE)

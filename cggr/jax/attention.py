@@ -19,7 +19,7 @@ from flax import errors, nnx
 from jax import Array
 
 from cggr.jax.router import frozen
-from cggr.jax.selected_attention import Interval, by_kernels, interval_of, wanted
+from cggr.jax.selected_attention import Interval, by_kernels, interval_of, where_wanted
 
 # What may be passed on to attention over other queries: none of it depends on where they stand.
 _PLACELESS = frozenset(
@@ -209,10 +209,10 @@ class RowAttention(nnx.Module):
         interval = None
         if record.mask is None and record.bias is None:
             interval = interval_of(self.attention_fn, options, query.dtype)
-        if interval is None or (where := wanted(*arrays[:-1])) is None:
+        if interval is None or (where := where_wanted(*arrays[:-1])) is None:
             return attend(*arrays)
         fused = functools.partial(_by_kernels, interval, options.get("scale"))
-        if where == "always":
+        if where == "everywhere":
             return fused(*arrays)
         mixed: Array = jax.lax.platform_dependent(*arrays, cuda=fused, default=attend)
         return mixed

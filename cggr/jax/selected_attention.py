@@ -7,6 +7,7 @@ Shapes: ``B`` sequences of ``S`` tokens, ``C`` slots of each for the selected on
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from cggr.jax.dispatch import may_launch
-from cggr.jax.triton_calls import DTYPES, call_kernel, import_kernels
+from cggr.jax.triton_calls import DTYPES, call_kernel, import_kernels, vary_alike
 
 MAX_WIDTH = 256
 # Where the kernels were faster than a mask; float32 they multiply without tensor cores.
@@ -25,16 +26,14 @@ _FAST_DTYPES, _FAST_WIDTH = tuple(jnp.dtype(name) for name in ("bfloat16", "floa
 
 # What these compute is known, and so are their options, but for those that may be anything.
 _KNOWN = (nnx.dot_product_attention, jax.nn.dot_product_attention)
-_WITHOUT_EFFECT = frozenset(
-    ("broadcast_dropout", "deterministic", "dropout_rng", "implementation", "promote_dtype")
-)
+_WITHOUT_EFFECT = frozenset(("broadcast_dropout", "deterministic", "dropout_rng", "implementation"))
 
 
 class Interval(NamedTuple):
-    """The keys that a query sees: from so many before it to so many behind; None for all."""
+    """The keys that a query sees: from so many before it to so many after it; None for all."""
 
     before: int | None
-    behind: int | None
+    after: int | None
 
 
 def interval_of(
@@ -45,42 +44,47 @@ def interval_of(
     Queries, keys and values have this dtype.
     """
     while isinstance(function, functools.partial):
+        if function.args or function.keywords.get("bias") is not None:
+            return None
         function = function.func
     if function not in _KNOWN:
         return None
     options = dict(options)
     if options.pop("dropout_rate", 0.0) and not options.get("deterministic", False):
         return None
-    before = behind = None
-    if options.pop("is_causal", False):
-        behind = 0
+    causal = options.pop("is_causal", False)
+    before, after = None, 0 if causal else None
     if (window := options.pop("local_window_size", None)) is not None:
         pair = isinstance(window, (tuple, list))
         before, after = window if pair else (int(window), int(window))
-        behind = after if behind is None else min(behind, after)
+        after = 0 if causal else after
     if not isinstance(options.pop("scale", None), (int, float, type(None))):
         return None
     if options.get("dtype") == dtype:
         del options["dtype"]
+    parameters = inspect.signature(function).parameters
     for name, value in options.items():
-        if name not in _WITHOUT_EFFECT and value is not None and value is not False:
+        if name not in _WITHOUT_EFFECT and value is not parameters[name].default:
             return None
-    return Interval(before, behind)
+    return Interval(before, after)
 
 
-def wanted(*arrays: Array) -> str | None:
-    """Whether the kernels attend: ``"always"``, ``"on CUDA"``, or None for a mask.
+def where_wanted(query_BCHW: Array, *keys_and_values: Array) -> str | None:
+    """Where the kernels attend: ``"everywhere"``, ``"on CUDA"``, or None for nowhere.
 
-    ``CGGR_IMPLEMENTATION`` says so; if it is not set, where they are faster than a mask.
+    ``CGGR_IMPLEMENTATION`` says so. If it is not set: where they are faster than a mask.
     """
-    (dtype, *others), width = (x.dtype for x in arrays), arrays[0].shape[-1]
-    if any(other != dtype for other in others):
+    dtype, (n_heads, width) = query_BCHW.dtype, query_BCHW.shape[2:]
+    n_kv_heads = keys_and_values[0].shape[2]
+    if n_heads % n_kv_heads or any(
+        x.dtype != dtype or x.shape[2:] != (n_kv_heads, width) for x in keys_and_values
+    ):
         return None
     named = os.environ.get("CGGR_IMPLEMENTATION")
     if named is None:
         fast = dtype in _FAST_DTYPES and width <= _FAST_WIDTH
         return "on CUDA" if fast and may_launch() else None
-    return "always" if named == "triton" and dtype in DTYPES and width <= MAX_WIDTH else None
+    return "everywhere" if named == "triton" and dtype in DTYPES and width <= MAX_WIDTH else None
 
 
 def by_kernels(
@@ -115,12 +119,14 @@ def by_kernels(
     low_BC, high_BC = jnp.zeros_like(index_BC), jnp.full_like(index_BC, length)
     if interval.before is not None:
         low_BC = jnp.maximum(index_BC - interval.before, 0)
-    if interval.behind is not None:
-        high_BC = jnp.minimum(index_BC + 1 + interval.behind, length)
+    if interval.after is not None:
+        high_BC = jnp.minimum(index_BC + 1 + interval.after, length)
     high_BC = jnp.where(index_BC < length, high_BC, 0)
     every = jax.lax.stop_gradient((every_key_BSKW, every_value_BSKW))
     rows = query_BCHW, key_BCKW, value_BCKW
-    mixed: Array = _attend(scale, *rows, *every, low_BC, high_BC, index_BC)
+    # What a device of its own has of them, such as of shared keys, is added up in the gradient.
+    arrays = vary_alike(*rows, *every, low_BC, high_BC, index_BC)
+    mixed: Array = _attend(scale, *arrays)
     return mixed
 
 

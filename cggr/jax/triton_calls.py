@@ -60,7 +60,7 @@ def linear_token_statistics(
     """Statistics of a linear head's logits, of hidden ``(..., D)``, without gradient."""
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     target_N = None if targets is None else targets.reshape(-1)
-    hidden_ND, weight_VD, bias_V, target_N = _alike(hidden_ND, weight_VD, bias_V, target_N)
+    hidden_ND, weight_VD, bias_V, target_N = vary_alike(hidden_ND, weight_VD, bias_V, target_N)
     head = (logit_scale, softcap)
     out_6N = _linear_statistics(hidden_ND, weight_VD, bias_V, target_N, ignore_index, head)
     return _columns(out_6N, hidden.shape[:-1], targets is not None)
@@ -69,7 +69,7 @@ def linear_token_statistics(
 @functools.partial(jax.jit, inline=True)
 def weighted_nll_sum(logits_RV: Array, label_R: Array, weight_R: Array) -> Array:
     """:func:`cggr.jax.cross_entropy.weighted_nll_sum`."""
-    return _nll_sum(*_alike(logits_RV, label_R, weight_R))
+    return _nll_sum(*vary_alike(logits_RV, label_R, weight_R))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6), inline=True)
@@ -88,7 +88,7 @@ def linear_weighted_nll_sum(
     needed as a whole, and the weight's gradient is written once where chunks of rows would have to
     be added up in float32.
     """
-    arrays = _alike(hidden_RD, weight_VD, bias_V, label_R, weight_R)
+    arrays = vary_alike(hidden_RD, weight_VD, bias_V, label_R, weight_R)
     return _linear_nll_sum((logit_scale, softcap), *arrays)
 
 
@@ -370,7 +370,7 @@ def call_kernel(
         )
         return tuple(results)
 
-    results: tuple[Array, ...] = _alike(*inputs, *start(*inputs))[len(inputs) :]
+    results: tuple[Array, ...] = vary_alike(*inputs, *start(*inputs))[len(inputs) :]
     return results
 
 
@@ -387,7 +387,7 @@ def _call(
     return result
 
 
-def _alike(*arrays: Any) -> Any:
+def vary_alike(*arrays: Any) -> Any:
     """Inside shard_map, where a launch does not tell JAX over which axes its result varies."""
     return alike(*arrays) if jax.sharding.get_abstract_mesh().manual_axes else arrays
 

@@ -71,10 +71,11 @@ class CGGRModel(nn.Module):
             scope is ``"sequence"`` with the token split, whatever a config says.
         split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
         capacity: ``"exact"`` or ``"static"``; see :class:`~cggr.torch.routing.RoutedModule`.
-        first_pass: Of the token split: ``"exact"``, or ``"float8"``, in which its linear layers
-            multiply float8 numbers, rounded to 3 bits of mantissa: faster where the model is
-            compiled and the GPU has them (Hopper on). Scores, and the keys and values of unselected
-            tokens, are then approximate, and so are the losses of selected tokens.
+        first_pass: Of the token split: ``"exact"``, or ``"float8"``, in which the model's layers of
+            class ``nn.Linear``, of sizes that 16 divides, multiply float8 numbers, rounded to 3
+            bits of mantissa: faster where the model is compiled and the GPU has them (Hopper on).
+            Scores, and the keys and values of unselected tokens, are then approximate, and so are
+            the losses of selected tokens.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models), ``"auto"`` to tell by the model's class.
         **options: Fields of :class:`RoutingConfig`.

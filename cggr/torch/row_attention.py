@@ -13,7 +13,6 @@ share each of the ``K`` heads of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, TypeGuard
 
 import torch
@@ -31,7 +30,8 @@ def take_over(configs: list[Any]) -> int:
     """Makes the layers of these configurations attend by the functions below, if they can.
 
     Returns:
-        G, by which :func:`for_groups` makes their masks; 0 if they attend as before.
+        By what :func:`for_groups` is to repeat masks: G, or 1 with a soft-cap; 0 if the layers
+        attend as before.
     """
     if all(_is_capped(config) for config in configs):
         AttentionMaskInterface.register(CAPPED, AttentionMaskInterface()[EAGER])
@@ -58,11 +58,12 @@ def _is_capped(config: Any) -> bool:
 def needed_mask(**arguments: Any) -> Tensor | None:
     """The mask of transformers' ``sdpa``; None where causal or full attention needs none.
 
-    There transformers makes one nevertheless in compiled and captured steps, from which sdpa cannot
-    tell that it is causal: attention took three times as long.
+    There transformers 5.17 makes one nevertheless in compiled and captured steps (later ones with a
+    PyTorch before 2.14), from which sdpa cannot tell that it is causal: attention took three times
+    as long.
     """
     length, window = arguments["kv_length"], arguments.get("local_size")
-    every = arguments.get("attention_mask") is None and (window is None or length < window)
+    every = arguments.get("attention_mask") is None and (window is None or length <= window)
     causal = arguments.get("allow_is_causal_skip", True) and arguments.get("q_length") == length
     if every and (causal or arguments.get("allow_is_bidirectional_skip", False)):
         return None
@@ -173,8 +174,8 @@ def capped_row_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for scores with a soft-cap, where the kernels cannot by the model's own ``eager``.
+) -> tuple[Tensor, None]:
+    """The same for scores with a soft-cap; where the kernels cannot, with all scores in memory.
 
     The arguments are those of :func:`row_attention`.
     """
@@ -182,22 +183,13 @@ def capped_row_attention(
         if dropout == 0.0:
             given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scaling, softcap
             return _by_kernels(*given), None
-        sees = _expanded(attention_mask, key_BKSW.shape[2])
-        hidden = torch.zeros(sees.shape, dtype=query_BHCW.dtype, device=sees.device)
-        attention_mask = hidden.masked_fill(~sees, torch.finfo(hidden.dtype).min)
-    eager: Any = sys.modules[type(module).__module__].eager_attention_forward
-    attended: tuple[Tensor, Tensor | None] = eager(
-        module,
-        query_BHCW,
-        key_BKSW,
-        value_BKSW,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        softcap=softcap,
-        **kwargs,
+        attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
+    assert softcap is not None
+    scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
+    mixed_BHCW = selected_attention.capped_attention(
+        query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap, dropout
     )
-    return attended
+    return mixed_BHCW.transpose(1, 2).contiguous(), None
 
 
 def _is_interval(mask: Tensor | None) -> TypeGuard[Tensor]:

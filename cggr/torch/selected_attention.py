@@ -6,6 +6,7 @@ of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -25,16 +26,18 @@ _LONG = 4096
 
 
 @torch.compiler.assume_constant_result
-def wanted(dtype: torch.dtype, width: int, length: int, *, on_nvidia: bool, compiled: bool) -> bool:
-    """Whether :func:`fused` is to be used where it can be: if ``CGGR_IMPLEMENTATION`` names it.
+def least_length(dtype: torch.dtype, width: int, *, on_nvidia: bool, compiled: bool) -> int | None:
+    """Keys from which on :func:`fused` is to be used where it can be; None if never.
 
-    If that is not set: on NVIDIA's devices, where it is faster than a mask.
+    ``CGGR_IMPLEMENTATION`` says whether. If it is not set: on NVIDIA's devices, where the kernels
+    are faster than a mask.
     """
     named = os.environ.get("CGGR_IMPLEMENTATION")
     if named is None:
-        long = compiled or length >= _LONG
-        return on_nvidia and long and dtype in _FAST_DTYPES and width <= _FAST_WIDTH
-    return named == "triton" and dtype in DTYPES and width <= MAX_WIDTH
+        fast = dtype in _FAST_DTYPES and width <= _FAST_WIDTH
+        here = on_nvidia and importlib.util.find_spec("triton") is not None
+        return (0 if compiled else _LONG) if fast and here else None
+    return 0 if named == "triton" and dtype in DTYPES and width <= MAX_WIDTH else None
 
 
 def fused(
@@ -100,16 +103,24 @@ def capped_attention(
     query_BHCW: Tensor,
     key_BKSW: Tensor,
     value_BKSW: Tensor,
-    sees_BHCS: Tensor,
+    mask_BHCS: Tensor | None,
     scale: float,
     softcap: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Attention with a soft-cap, which sdpa has not; all scores are in memory."""
+    """Attention with a soft-cap, which sdpa has not, as transformers' ``eager`` computes it.
+
+    All scores are in memory. The mask is True where a query sees a key, or added to the scores.
+    """
     group = query_BHCW.shape[1] // key_BKSW.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key_BKSW, value_BKSW))
-    score_BHCS = softcap * (query_BHCW @ key.transpose(2, 3) * (scale / softcap)).tanh()
-    score_BHCS = score_BHCS.masked_fill(~sees_BHCS, torch.finfo(score_BHCS.dtype).min)
-    return score_BHCS.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    score_BHCS = (query_BHCW @ key.transpose(2, 3) * scale / softcap).tanh() * softcap
+    if mask_BHCS is not None and mask_BHCS.dtype == torch.bool:
+        score_BHCS = score_BHCS.masked_fill(~mask_BHCS, torch.finfo(score_BHCS.dtype).min)
+    elif mask_BHCS is not None:
+        score_BHCS = score_BHCS + mask_BHCS
+    p_BHCS = score_BHCS.softmax(dim=-1, dtype=torch.float32).to(query_BHCW.dtype)
+    return F.dropout(p_BHCS, dropout) @ value
 
 
 class _SelectedAttention(torch.autograd.Function):

@@ -427,6 +427,8 @@ class TokenSplit:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not torch.compiler.is_compiling():
             self._check()
+            if self.float8:
+                self._check_float8()
             self.refresh()
         return _split_inputs(model_inputs, shape)
 
@@ -479,18 +481,22 @@ class TokenSplit:
     def _check(self) -> None:
         if (reason := refusal(self.model)) is not None:
             raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
-        if not self.float8:
-            return
-        if not hasattr(nn.functional, "scaled_mm"):
+        if self.float8 and not hasattr(nn.functional, "scaled_mm"):
             raise ValueError(f"first_pass='float8' needs PyTorch 2.10, got {torch.__version__}.")
-        weight = next(self.model.parameters())
-        if weight.is_cuda and torch.version.hip is None:
-            capability = torch.cuda.get_device_capability(weight.device)
-            if capability < (8, 9):
-                raise ValueError(
-                    f"first_pass='float8' needs a GPU of compute capability 8.9, got "
-                    f"{'.'.join(map(str, capability))}."
-                )
+
+    def _check_float8(self) -> None:
+        device = next(self.model.parameters()).device
+        found: Any = device
+        if device.type == "cuda" and torch.version.hip is None:
+            found = torch.cuda.get_device_capability(device)
+            if found >= (8, 9):
+                return
+        elif device.type == "cpu" and torch.__version__ >= "2.13":
+            return
+        raise ValueError(
+            f"first_pass='float8' needs an NVIDIA GPU of compute capability (8, 9), or PyTorch "
+            f"2.13 on the CPU, got {found} with PyTorch {torch.__version__}."
+        )
 
     @property
     def _layers(self) -> list[nn.Module]:
@@ -595,14 +601,17 @@ class TokenSplit:
         width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
+        if not self._group:
+            return False
         like = _any_of(inputs)
-        if not self._group or not selected_attention.wanted(
+        least = selected_attention.least_length(
             self._dtype(inputs),
             width,
-            like.shape[1],
             on_nvidia=like.is_cuda and torch.version.hip is None,
             compiled=self._compile is not None or torch.compiler.is_compiling(),
-        ):
+        )
+        # Where it is 0, a compiler is not to look at the length, which may be a symbol.
+        if least is None or (least and like.shape[1] < least):
             return False
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
             return False
