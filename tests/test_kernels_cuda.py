@@ -8,12 +8,14 @@ import kernels_on
 import numpy as np
 import pytest
 import torch
+from test_kernels_attention import check, problem
 
 from cggr.kernels.selected_cross_entropy import (
     cross_entropy_gradient_kernel,
     cross_entropy_gradient_launch,
 )
 from cggr.kernels.token_statistics import token_statistics_kernel, token_statistics_launch
+from cggr.torch import selected_attention as attention
 
 pytestmark = pytest.mark.skipif(
     kernels_on.INTERPRETED, reason="no CUDA device, or TRITON_INTERPRET=1"
@@ -162,3 +164,39 @@ def test_more_logits_than_32_bits_can_count():
     np.testing.assert_allclose(found, gradient, rtol=2**-7, atol=2.4e-7)
     nonzero = torch.cat([part.count_nonzero(dim=1) for part in logits.split(1000)]).cpu()
     assert nonzero.nonzero()[:, 0].tolist() == looked_at[::2]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 64), (3, 1, 128), (2, 2, 96)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype, heads, kv_heads, width, softcap):
+    given = problem(2, heads, kv_heads, 700, 200, width, dtype, "window")
+    check(*given, scale=width**-0.5, softcap=softcap, compact=softcap is None)
+
+
+@pytest.mark.large
+def test_attention_beyond_2_31_numbers():
+    heads, length, width, window = 64, 270_000, 128, 100
+    assert heads * length * width > 2**31
+    key, value = (
+        normal(1, length, heads, width, dtype=torch.bfloat16, seed=seed, scale=1.0).transpose(1, 2)
+        for seed in range(2)
+    )
+    index = torch.arange(length - 40, length, 3, device=key.device, dtype=torch.int32)[None]
+    query = normal(1, index.shape[1], heads, width, dtype=torch.bfloat16, scale=1.0).transpose(1, 2)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    rows = (index - window, index + 1, index)
+    out = attention.fused(*leaves, *rows, width**-0.5)
+    found = [out, *torch.autograd.grad(out.sum(), leaves)]
+    begin = length - 40 - window  # of what any query sees
+    part = [x.detach()[:, -1:, begin:].requires_grad_() for x in (key, value)]
+    q = query.detach()[:, -1:].requires_grad_()
+    rows = (x - begin for x in rows)
+    want = attention.eager(q, *part, *rows, width**-0.5)
+    want = [want, *torch.autograd.grad(want.sum(), (q, *part))]
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, want, strict=True):
+        a, b = a.detach(), b.detach()
+        a = a[:, -1:, begin:] if name in ("dk", "dv") else a[:, -1:]
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()), msg=name)
+    for full in found[2:]:
+        assert not full[:, :, : length - 40].any()
