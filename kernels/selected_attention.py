@@ -160,9 +160,7 @@ def _sees(low_M, high_M, key_T):
 
 
 @triton.jit
-def _scores(
-    a_MP, b_TP, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
-):
+def _scores(a_MP, b_TP, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Scores of every row of one with every row of the other, times log2(e)."""
     s_MT = tl.dot(a_MP, tl.trans(b_TP), input_precision=PRECISION)
     if SOFTCAP > 0.0:

@@ -29,6 +29,7 @@ from cggr.torch.router import (
     unwrapped,
     wrappings,
 )
+from cggr.torch.rotary import is_rotary, made_once
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.selected import SelectedRows
 from cggr.torch.twin import Relayered, Twin
@@ -62,7 +63,6 @@ _ADAPTERS = (
     "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )
 # fmt: on
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
 # What some models ask of their layers.
 _LAYER_ATTRIBUTES = ("attention_type", "layer_type")
 # Where layers of transformers and peft keep a probability, or one for each adapter.
@@ -247,7 +247,7 @@ class TokenSplit:
         self._compile = _compiler_of(model)
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, _Cut] = {}
-        self._twin = Twin(self.router.base, _CLASSES)
+        self._twin = _twin_of(self.router.base)
         # Whether its layers look up their attention by name; it reads their source.
         self._asks = bool(self._source._can_set_attn_implementation())
         self.refresh()
@@ -258,7 +258,7 @@ class TokenSplit:
 
         before = self._twin.root
         if self._twin.original is not self.router.base:
-            self._twin = Twin(self.router.base, _CLASSES)
+            self._twin = _twin_of(self.router.base)
         else:
             self._twin.refresh()
         if self._twin.root is not before:
@@ -695,6 +695,11 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
+
+
+def _twin_of(base: nn.Module) -> Twin:
+    rotary = {type(module) for module in base.modules() if is_rotary(module)}
+    return Twin(base, {nn.Linear: RowLinear} | {kind: made_once(kind) for kind in rotary})
 
 
 def _checkpointed(base: nn.Module) -> list[nn.Module]:
