@@ -1398,10 +1398,11 @@ def test_a_compiled_model_is_run_compiled(name, selections):
 )
 def test_a_compiled_first_pass_has_a_mask_where_it_needs_one(name, given, masked):
     torch._dynamo.reset()
-    passes = []
+    passes, angles = [], []
 
     def keep(graph, inputs):
         passes.append([n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target)])
+        angles.append(sum("in_memory" in str(n.target) for n in graph.graph.nodes))
         return graph
 
     model, ids = build(name), models.token_ids(2, 8)
@@ -1422,4 +1423,6 @@ def test_a_compiled_first_pass_has_a_mask_where_it_needs_one(name, given, masked
     for node in first:
         assert (node.kwargs["attn_mask"] is not None) == masked
         assert node.kwargs["is_causal"] == (not masked and name != "bert")
+    # Of rotary positions, a sine and a cosine that all layers read.
+    assert set(angles) == {0 if name == "bert" else 2}
     torch._dynamo.reset()

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@functools.cache
-def made_once(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of one of transformers' rotary embeddings, with the same ``(cos, sin)``.
+class InMemory(nn.Module):
+    """One of transformers' rotary embeddings, whose ``(cos, sin)`` are read by every layer.
 
-    Compiled, each layer would compute the sine and the cosine of every element anew, as they would
-    become part of the rotation of its queries and keys: that took four times as long as the
-    rotation does.
+    Compiled, each layer would compute the sine and the cosine of every element anew, as a part of
+    the rotation of its queries and keys, which then took four times as long.
     """
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        angles = kind.forward(self, *args, **kwargs)
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the embedding makes of its arguments."""
+        angles = self.rotary(*args, **kwargs)
         return tuple(map(in_memory, angles)) if torch.compiler.is_compiling() else angles
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
-
-def is_rotary(module: nn.Module) -> bool:
-    """Whether a module of transformers makes ``(cos, sin)`` for all layers."""
-    return type(module).__name__.endswith("RotaryEmbedding")
+def keep_angles(root: nn.Module) -> None:
+    """Puts an :class:`InMemory` around every rotary embedding below a module."""
+    for module in list(root.modules()):
+        for name, child in module._modules.items():
+            if type(child).__name__.endswith("RotaryEmbedding") and child is not None:
+                module._modules[name] = InMemory(child)
 
 
 @torch.library.custom_op("cggr::in_memory", mutates_args=(), schema="(Tensor x) -> Tensor")

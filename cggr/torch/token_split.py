@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cggr.torch import selected_attention
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import autocast_dtype, in_autocast_dtype
+from cggr.torch.rotary import keep_angles
 from cggr.torch.router import (
     PARALLEL,
     call_model,
@@ -29,7 +30,6 @@ from cggr.torch.router import (
     unwrapped,
     wrappings,
 )
-from cggr.torch.rotary import is_rotary, made_once
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.selected import SelectedRows
 from cggr.torch.twin import Relayered, Twin
@@ -63,6 +63,7 @@ _ADAPTERS = (
     "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
 )
 # fmt: on
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
 # What some models ask of their layers.
 _LAYER_ATTRIBUTES = ("attention_type", "layer_type")
 # Where layers of transformers and peft keep a probability, or one for each adapter.
@@ -247,7 +248,8 @@ class TokenSplit:
         self._compile = _compiler_of(model)
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, _Cut] = {}
-        self._twin = _twin_of(self.router.base)
+        self._twin = Twin(self.router.base, _CLASSES)
+        keep_angles(self._twin.root)
         # Whether its layers look up their attention by name; it reads their source.
         self._asks = bool(self._source._can_set_attn_implementation())
         self.refresh()
@@ -258,10 +260,11 @@ class TokenSplit:
 
         before = self._twin.root
         if self._twin.original is not self.router.base:
-            self._twin = _twin_of(self.router.base)
+            self._twin = Twin(self.router.base, _CLASSES)
         else:
             self._twin.refresh()
         if self._twin.root is not before:
+            keep_angles(self._twin.root)
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -695,11 +698,6 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
-
-
-def _twin_of(base: nn.Module) -> Twin:
-    rotary = {type(module) for module in base.modules() if is_rotary(module)}
-    return Twin(base, {nn.Linear: RowLinear} | {kind: made_once(kind) for kind in rotary})
 
 
 def _checkpointed(base: nn.Module) -> list[nn.Module]:
