@@ -1368,7 +1368,7 @@ def test_a_pass_that_fails_leaves_the_attention_as_it_was():
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
 def test_a_compiled_model_is_run_compiled(name, selections):
     torch._dynamo.reset()
-    model = build(name).to(DEVICE)
+    model = build(name)
     graphs = []
 
     def backend(graph, inputs):
@@ -1377,7 +1377,7 @@ def test_a_compiled_model_is_run_compiled(name, selections):
 
     compiled = torch.compile(model, backend=backend)
     wrapped = CGGRModel(compiled, selection="importance", min_tokens_ratio=0.3, **OFF)
-    ids = models.token_ids(3, 12).to(DEVICE)
+    ids = models.token_ids(3, 12)
     labels = models.labels_for(name, ids)
     check_step(wrapped, model, name, selections, labels, input_ids=ids)
     assert len(graphs) >= 2  # of either pass

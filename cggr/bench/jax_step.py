@@ -105,7 +105,7 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     shape = (case.batch, case.length)
     ids = jax.numpy.asarray(rng.integers(0, case.n_classes, shape, dtype=np.int32))
 
-    def contestant(name: str, loss: Any, make: Callable[[], Any], may_fail: bool) -> Contestant:
+    def contestant(name: str, loss: Any, make: Callable[[], Any]) -> Contestant:
         needs: dict[str, int] = {}
 
         def prepare() -> Call:
@@ -122,7 +122,7 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
             return {"loss": float(call()[0]), **needs}
 
         clock = wall_clock(jax.block_until_ready)
-        return Contestant(name, prepare, observe, may_fail, clock=clock, calls=CALLS)
+        return Contestant(name, prepare, observe, clock=clock, calls=CALLS)
 
     def routed(split: str, ratio: float, router: Any = None) -> Any:
         return CGGRModel(
@@ -135,13 +135,13 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
             dynamic_threshold=False,
         )
 
-    contestants = [contestant(DENSE, dense_loss, lambda: decoder, False)]
+    contestants = [contestant(DENSE, dense_loss, lambda: decoder)]
     router = create_truncated_router(decoder, ROUTER_LAYERS)
     make = functools.partial(routed, "sequence", 0.25, router)
-    contestants.append(contestant("sequence, ratio 0.25", routed_loss, make, False))
+    contestants.append(contestant("sequence, ratio 0.25", routed_loss, make))
     for ratio in RATIOS:
         make = functools.partial(routed, "token", ratio)
-        contestants.append(contestant(f"token, ratio {ratio:g}", routed_loss, make, False))
+        contestants.append(contestant(f"token, ratio {ratio:g}", routed_loss, make))
     rows = rows_of(measure(contestants, settings, progress))
     by_name = {row["contestant"]: row for row in rows}
     for row in rows if DENSE in by_name else ():

@@ -12,12 +12,11 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES as STEP_CASES
-from cggr.bench.step import StepCase, contestant_of, make_ids, make_model, ways
+from cggr.bench.step import DENSE, StepCase, contestant_of, make_ids, make_model, ways
 from cggr.bench.timing import Progress, measure, rows_of
 
 TIMES_BATCH = 4
 MODES = ("", ", graph")
-DENSE = "dense"
 ROUTED = ("sequence, ratio 0.25", "token, ratio 0.25", "token, 2 layers score, ratio 0.25")
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -297,10 +297,9 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
 
 
 def run_ways(
-    case: StepCase, settings: BenchSettings, progress: Progress, found: Iterable[Way]
+    case: StepCase, settings: BenchSettings, progress: Progress, found: Sequence[Way]
 ) -> list[dict[str, Any]]:
     """Measures these ways in one case."""
-    found = tuple(found)
     model = make_model(case, settings.seed)
     ids = make_ids(case, settings.seed, model.device)
     torch._dynamo.reset()

@@ -204,42 +204,44 @@ class RowAttention(nnx.Module):
         slot_C = jnp.arange(index_BC.shape[1], dtype=index_BC.dtype)
         index_BC = jnp.where(index_BC < length, index_BC, length + slot_C)
         options = _defaults(self.attention_fn) | options
-        attend = functools.partial(self._by_mask, record.mask, record.bias, bias, dict(options))
-        arrays = (query, key, value, record.key, record.value, index_BC)
+        attend = functools.partial(self._by_mask, bias, options)
         interval = None
         if record.mask is None and record.bias is None:
             interval = interval_of(self.attention_fn, options, query.dtype)
-        if interval is None or (where := where_wanted(*arrays[:-1])) is None:
-            return attend(*arrays)
+        if (
+            interval is None
+            or (where := where_wanted(query, key, value, record.key, record.value)) is None
+        ):
+            return attend(query, key, value, record, index_BC)
         fused = functools.partial(_by_kernels, interval, options.get("scale"))
         if where == "everywhere":
-            return fused(*arrays)
-        mixed: Array = jax.lax.platform_dependent(*arrays, cuda=fused, default=attend)
+            return fused(query, key, value, record, index_BC)
+        mixed: Array = jax.lax.platform_dependent(
+            query, key, value, record, index_BC, cuda=fused, default=attend
+        )
         return mixed
 
     def _by_mask(
         self,
-        recorded_mask: Array | None,
-        recorded_bias: Array | None,
         bias: Array | None,
         options: dict[str, Any],
         query: Array,
         key: Array,
         value: Array,
-        every_key: Array,
-        every_value: Array,
+        record: Record,
         index_BC: Array,
     ) -> Array:
-        sees = _sees(index_BC, every_key.shape[1], options)
+        key, value = _placed(record, key, value, index_BC)
+        options = dict(options)  # it may be traced again
+        sees = _sees(index_BC, key.shape[1], options)
         _check_options(self.attention_fn, options)
-        mask = _rows(recorded_mask, index_BC)
+        mask = _rows(record.mask, index_BC)
         if mask is None:
             mask = sees
         elif sees is not None:
             mask = mask.astype(bool) & sees
-        if recorded_bias is not None:
-            options["bias"] = _biased(recorded_bias, bias, index_BC)
-        key, value = _put(every_key, key, index_BC), _put(every_value, value, index_BC)
+        if record.bias is not None:
+            options["bias"] = _biased(record.bias, bias, index_BC)
         return self.attention_fn(query, key, value, mask=mask, **options)
 
 
@@ -249,12 +251,18 @@ def _by_kernels(
     query: Array,
     key: Array,
     value: Array,
-    every_key: Array,
-    every_value: Array,
+    record: Record,
     index_BC: Array,
 ) -> Array:
-    every = _put(every_key, key, index_BC), _put(every_value, value, index_BC)
+    every = _placed(record, key, value, index_BC)
     return by_kernels(query, key, value, *every, index_BC, interval=interval, scale=scale)
+
+
+def _placed(record: Record, key: Array, value: Array, index_BC: Array) -> tuple[Array, Array]:
+    """Recorded keys and values, with the selected ones in their places."""
+    assert record.key is not None
+    assert record.value is not None
+    return _put(record.key, key, index_BC), _put(record.value, value, index_BC)
 
 
 def record_pass(model: nnx.Module, *inputs: Any, **model_inputs: Any) -> tuple[Any, list[Record]]:

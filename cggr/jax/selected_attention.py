@@ -19,10 +19,7 @@ from jax import Array
 
 from cggr.jax.dispatch import may_launch
 from cggr.jax.triton_calls import DTYPES, call_kernel, import_kernels, vary_alike
-
-MAX_WIDTH = 256
-# Where the kernels were faster than a mask; float32 they multiply without tensor cores.
-_FAST_DTYPES, _FAST_WIDTH = tuple(jnp.dtype(name) for name in ("bfloat16", "float16")), 128
+from cggr.kernels.attention_sizes import MAX_WIDTH, is_fast
 
 # What these compute is known, and so are their options, but for those that may be anything.
 _KNOWN = (nnx.dot_product_attention, jax.nn.dot_product_attention)
@@ -80,11 +77,12 @@ def where_wanted(query_BCHW: Array, *keys_and_values: Array) -> str | None:
         x.dtype != dtype or x.shape[2:] != (n_kv_heads, width) for x in keys_and_values
     ):
         return None
+    if dtype not in DTYPES or width > MAX_WIDTH:
+        return None
     named = os.environ.get("CGGR_IMPLEMENTATION")
     if named is None:
-        fast = dtype in _FAST_DTYPES and width <= _FAST_WIDTH
-        return "on CUDA" if fast and may_launch() else None
-    return "everywhere" if named == "triton" and dtype in DTYPES and width <= MAX_WIDTH else None
+        return "on CUDA" if is_fast(width, dtype.itemsize) and may_launch() else None
+    return "everywhere" if named == "triton" else None
 
 
 def by_kernels(

@@ -29,7 +29,7 @@ def keep_angles(root: nn.Module) -> None:
     """Puts an :class:`InMemory` around every rotary embedding below a module."""
     for module in list(root.modules()):
         for name, child in module._modules.items():
-            if type(child).__name__.endswith("RotaryEmbedding") and child is not None:
+            if child is not None and type(child).__name__.endswith("RotaryEmbedding"):
                 module._modules[name] = InMemory(child)
 
 

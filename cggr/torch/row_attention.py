@@ -135,7 +135,8 @@ def row_attention(
     """
     if _is_interval(attention_mask):
         if dropout == 0.0:
-            return _by_kernels(query_BHCW, key_BKSW, value_BKSW, attention_mask, scaling), None
+            scale = _scale(query_BHCW, scaling)
+            return _by_kernels(query_BHCW, key_BKSW, value_BKSW, attention_mask, scale), None
         attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
     batch, n_heads, n_rows, width = query_BHCW.shape
     group = n_heads // key_BKSW.shape[1]
@@ -179,17 +180,21 @@ def capped_row_attention(
 
     The arguments are those of :func:`row_attention`.
     """
+    scale = _scale(query_BHCW, scaling)
     if _is_interval(attention_mask):
         if dropout == 0.0:
-            given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scaling, softcap
+            given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap
             return _by_kernels(*given), None
         attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
     assert softcap is not None
-    scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
     mixed_BHCW = selected_attention.capped_attention(
         query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap, dropout
     )
     return mixed_BHCW.transpose(1, 2).contiguous(), None
+
+
+def _scale(query_BHCW: Tensor, scaling: float | None) -> float:
+    return query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def _is_interval(mask: Tensor | None) -> TypeGuard[Tensor]:
@@ -201,11 +206,10 @@ def _by_kernels(
     key_BKSW: Tensor,
     value_BKSW: Tensor,
     mask_B1C3: Tensor,
-    scaling: float | None,
+    scale: float,
     softcap: float | None = None,
 ) -> Tensor:
     low_BC, high_BC, index_BC = mask_B1C3[:, 0].unbind(-1)
-    scale = query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions make float32 of what autocast multiplied in less, as for sdpa.
     dtype = autocast_dtype(value_BKSW) or value_BKSW.dtype
     query, key, value = (x.to(dtype) for x in (query_BHCW, key_BKSW, value_BKSW))

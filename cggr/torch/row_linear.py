@@ -39,9 +39,8 @@ class RowLinear(nn.Linear):
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""
-        vars(self).update(
-            index_BC=None, length=0, kept=(), in_float8=False
-        )  # faster than one by one
+        # Faster than one by one.
+        vars(self).update(index_BC=None, length=0, kept=(), in_float8=False)
 
     def fits_float8(self) -> bool:
         """Whether its sizes are such that it can multiply in float8."""

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cggr.kernels.attention_sizes import MAX_WIDTH, is_fast
 from cggr.torch.ops import launch_kernel
 from cggr.torch.selected import differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 256
-# Where the kernels were faster than a mask; float32 they multiply without tensor cores.
-_FAST_DTYPES, _FAST_WIDTH = (torch.bfloat16, torch.float16), 128
-# Keys from which on they were so in eager mode, too, where shorter attention waits for the host.
+# Keys from which on the kernels are faster in eager mode, where shorter attention waits for the
+# host.
 _LONG = 4096
 
 
@@ -32,12 +31,14 @@ def least_length(dtype: torch.dtype, width: int, *, on_nvidia: bool, compiled: b
     ``CGGR_IMPLEMENTATION`` says whether. If it is not set: on NVIDIA's devices, where the kernels
     are faster than a mask.
     """
+    if dtype not in DTYPES or width > MAX_WIDTH:
+        return None
     named = os.environ.get("CGGR_IMPLEMENTATION")
     if named is None:
-        fast = dtype in _FAST_DTYPES and width <= _FAST_WIDTH
+        fast = is_fast(width, dtype.itemsize)
         here = on_nvidia and importlib.util.find_spec("triton") is not None
         return (0 if compiled else _LONG) if fast and here else None
-    return 0 if named == "triton" and dtype in DTYPES and width <= MAX_WIDTH else None
+    return 0 if named == "triton" else None
 
 
 def fused(

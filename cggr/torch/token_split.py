@@ -246,10 +246,10 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = _compiler_of(model)
+        self._twin = Twin(self.router.base, _CLASSES)
+        self._root: nn.Module | None = None  # of the twin that what follows was made for
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, _Cut] = {}
-        self._twin = Twin(self.router.base, _CLASSES)
-        keep_angles(self._twin.root)
         # Whether its layers look up their attention by name; it reads their source.
         self._asks = bool(self._source._can_set_attn_implementation())
         self.refresh()
@@ -258,13 +258,13 @@ class TokenSplit:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
         from cggr.torch.row_attention import take_over
 
-        before = self._twin.root
         if self._twin.original is not self.router.base:
             self._twin = Twin(self.router.base, _CLASSES)
         else:
             self._twin.refresh()
-        if self._twin.root is not before:
-            keep_angles(self._twin.root)
+        if self._twin.root is not self._root:
+            self._root = self._twin.root
+            keep_angles(self._root)
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -276,7 +276,12 @@ class TokenSplit:
         for module in self._twin.root.modules():
             if isinstance(module, RowLinear):
                 module.forget()  # the products of a step that failed
-        if self.float8 and not self._float8_linears():
+        self._float8_linears = (
+            [linear for linear in self._row_linears(0) if linear.fits_float8()]
+            if self.float8
+            else []
+        )
+        if self.float8 and not self._float8_linears:
             raise ValueError(
                 f"first_pass='float8' needs linear layers (nn.Linear) of sizes that 16 divides, of "
                 f"which {type(self._source).__name__} has none."
@@ -313,7 +318,9 @@ class TokenSplit:
         from cggr.torch.row_cache import RowCache
 
         cache = RowCache()
-        first = self._masked(inputs, shape, key_BS, segment_BS, synchronise) | extra
+        in_intervals = self._in_intervals(inputs, key_BS, segment_BS, synchronise)
+        by_kernels = self._is_capped and in_intervals
+        first = self._masked(inputs, shape, key_BS, segment_BS, synchronise, by_kernels) | extra
         first["past_key_values"] = cache
         hidden_BSD, kept = None, None
         if depth is None:
@@ -332,7 +339,7 @@ class TokenSplit:
             key_BS=key_BS,
             segment_BS=segment_BS,
             kept=kept,
-            in_intervals=self._in_intervals(inputs, key_BS, segment_BS, synchronise),
+            in_intervals=in_intervals,
         )
 
     def finish(self, recorded: Recorded, depth: int, index_BC: Tensor) -> None:
@@ -394,7 +401,8 @@ class TokenSplit:
         visible = self._visible(inputs, shape, synchronise)
         from cggr.torch.row_cache import RowCache
 
-        dense = self._masked(inputs, shape, *visible, synchronise) | extra
+        by_kernels = self._is_capped and self._in_intervals(inputs, *visible, synchronise)
+        dense = self._masked(inputs, shape, *visible, synchronise, by_kernels) | extra
         with self._second_pass():
             inputs = dense | {"past_key_values": RowCache(records=False)}
             return self._base(inputs, self._twin.root)
@@ -456,18 +464,22 @@ class TokenSplit:
         key_BS: Tensor | None,
         segment_BS: Tensor | None,
         synchronise: bool,
+        by_kernels: bool,
     ) -> dict[str, Any]:
         """Inputs of a pass over everything, with a mask that the model need not look into."""
+        needs_none = segment_BS is None and (
+            synchronise or (key_BS is None and not self._needs_mask)
+        )
+        own = inputs.get("attention_mask")
+        if not by_kernels and (needs_none or (own is not None and own.dim() == 4)):
+            return inputs
         every_BS = torch.arange(shape[1], device=_any_of(inputs).device).expand(shape)
-        if self._is_capped and self._in_intervals(inputs, key_BS, segment_BS, synchronise):
-            return inputs | {
-                "attention_mask": self._intervals(every_BS, shape[1], key_BS, segment_BS)
-            }
-        if segment_BS is None and (synchronise or (key_BS is None and not self._needs_mask)):
-            return inputs
-        if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
-            return inputs
-        return inputs | {"attention_mask": self._masks(every_BS, key_BS, segment_BS, inputs)}
+        masks = (
+            self._intervals(every_BS, shape[1], key_BS, segment_BS)
+            if by_kernels
+            else self._masks(every_BS, key_BS, segment_BS, inputs)
+        )
+        return inputs | {"attention_mask": masks}
 
     @property
     def _is_capped(self) -> bool:
@@ -511,12 +523,6 @@ class TokenSplit:
         others = {module for layer in layers[:depth] for module in layer.modules()}
         modules = (module for layer in layers[depth:] for module in layer.modules())
         return [m for m in modules if isinstance(m, RowLinear) and m not in others]
-
-    def _float8_linears(self) -> list[RowLinear]:
-        """Those that multiply in float8 in the first pass, if it is asked for."""
-        if not self.float8:
-            return []
-        return [m for m in self._row_linears(0) if m.fits_float8()]
 
     def _repeats_itself(self) -> bool:
         """Whether the second pass computes what the first one did, and once only.
@@ -677,7 +683,7 @@ class TokenSplit:
             torch.no_grad(),
             autocast,
             _attribute("gradient_checkpointing", False, checkpointed),
-            _attribute("in_float8", True, self._float8_linears()),
+            _attribute("in_float8", True, self._float8_linears),
         ):
             return self._base(inputs, base)
 
