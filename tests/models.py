@@ -50,6 +50,7 @@ ARCHITECTURES = {
             "sliding_window": 4,
             "final_logit_softcapping": 0.5,
             "attn_logit_softcapping": 0.3,
+            "attn_implementation": "eager",  # sdpa, transformers' 5.17 choice, has no soft-cap
         },
     ),
     "gemma3": (

@@ -202,12 +202,14 @@ def test_by_default_a_compiler_chooses(monkeypatch, calls):
     # A process with a GPU that computes on the CPU, where the kernels cannot run.
     monkeypatch.delenv("CGGR_IMPLEMENTATION", raising=False)
     monkeypatch.setattr(attention, "by_kernels", lambda query, *others, **options: query * jnp.nan)
-    ids, labels, _ = batch_of(padded=False)
     losses = []
     for where in ("on CUDA", None):
         monkeypatch.setattr(attention, "where_wanted", lambda *arrays, where=where: where)
-        routed = CGGRModel(MODELS["rotary"](), split="token", warmup_steps=0, min_tokens_ratio=0.3)
-        loss, gradient = loss_and_gradient(routed, ids, labels)
+        with jax.default_device(jax.devices("cpu")[0]):
+            ids, labels, _ = batch_of(padded=False)
+            model = MODELS["rotary"]()
+            routed = CGGRModel(model, split="token", warmup_steps=0, min_tokens_ratio=0.3)
+            loss, gradient = loss_and_gradient(routed, ids, labels)
         losses.append((float(loss), nnx.to_pure_dict(gradient)))
     assert losses[0][0] == losses[1][0]
     jax.tree.map(np.testing.assert_array_equal, losses[0][1], losses[1][1])

@@ -59,8 +59,8 @@ def test_products(dtype, biased):
     if biased:
         want += bias.double().numpy()
     error = np.abs(found.cpu().double().numpy() - want)
-    # Of bfloat16 outputs, in a sum with the bias once more.
-    assert (error <= 2.0**-8 * (scale + np.abs(want))).all()
+    # Of bfloat16 outputs, in a sum with the bias once more; NVIDIA's tensor cores sum in 14 bits.
+    assert (error <= 2.0**-8 * ((4 if CUDA else 1) * scale + np.abs(want))).all()
     exact = x.double().numpy() @ weight.double().numpy().T
     assert np.abs(want - exact)[0].max() > 1e-2 * np.abs(exact).max()  # what float8 rounds away
 
