@@ -569,6 +569,8 @@ def test_all_steps_are_of_one_model():
 
 def test_all_steps_in_flax_are_of_one_model():
     pytest.importorskip("flax", reason="Flax is not installed")
+    from cggr.bench.jax_step import make_decoder
+
     case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
     rows = measured_on_cpu("jax_step", case, ("dense", "sequence*", "token, ratio 0.5"))
     assert list(rows) == ["dense", "sequence, ratio 0.25", "token, ratio 0.5"]
@@ -577,6 +579,8 @@ def test_all_steps_in_flax_are_of_one_model():
         assert row["loss"] == pytest.approx(rows["dense"]["loss"], rel=0.2), name
         assert row["peak_bytes"] > 2 * weights, name  # the gradients, too
         assert row["memory_to_dense"] == row["peak_bytes"] / rows["dense"]["peak_bytes"]
+    half = make_decoder(dataclasses.replace(case, dtype="bfloat16"), 0, attention=None)
+    assert half(np.zeros((1, 12), np.int32)).dtype == "bfloat16"
 
 
 def test_latency_is_that_of_four_times_the_batch():
