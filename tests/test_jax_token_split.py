@@ -250,6 +250,30 @@ def test_outside_a_step_it_is_the_function_that_it_wraps(make):
     )
 
 
+@pytest.mark.parametrize("name", ["rotary", "bias"])
+def test_cudnn_is_given_an_even_number_of_queries(name):
+    numbers = []
+
+    def even(query, key, value, *, mask=None, bias=None, implementation=None, **options):
+        assert implementation == "cudnn"
+        if query.shape[1] != key.shape[1]:  # JAX refuses to differentiate an odd number of these
+            numbers.append(query.shape[1])
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, bias=bias, **options)
+
+    ids, labels, _ = batch_of(padded=False)
+    found = []
+    for attention_fn in (jax.nn.dot_product_attention, even):
+        model = MODELS[name]()
+        if attention_fn is even:
+            for layer in row_attentions(model):
+                layer.attention_fn = functools.partial(even, implementation="cudnn")
+        routed = CGGRModel(model, split="token", **FIXED | {"min_tokens_ratio": 0.25})
+        found.append(loss_and_gradient(routed, ids, labels))
+    assert set(numbers) == {4}
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
+    assert_near(found[1][1], nnx.to_pure_dict(found[0][1]))
+
+
 @pytest.mark.parametrize(
     ("make", "selection"),
     [(make, "topk") for make in MODELS.values()] + [(MODELS["rotary"], "importance")],

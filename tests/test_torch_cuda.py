@@ -1,7 +1,10 @@
 """What only a CUDA device can show: no synchronisation, no fault, the same selections."""
 
 import contextlib
+import functools
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import truth
 from models import build, token_ids
 from torch import nn
 
+from cggr.bench.timing import captured
 from cggr.spec import RoutingConfig
 from cggr.torch import (
     CGGRLinearLoss,
@@ -283,3 +287,13 @@ def test_compiled_losses_are_the_eager_ones(rule):
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     for grad, other in zip(grads, expected, strict=True):
         assert (grad - other).float().norm() <= 1e-2 * other.float().norm()
+
+
+def test_a_captured_call_keeps_what_it_reads():
+    x = torch.ones(8, device="cuda")
+    alive = weakref.ref(x)
+    replay = captured(functools.partial(torch.mul, x, 2))
+    del x
+    gc.collect()
+    assert alive() is not None
+    assert replay().tolist() == 8 * [2.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import subprocess
@@ -65,11 +66,13 @@ def captured(call: Call) -> Call:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Any:
-        graph.replay()
-        return result
+    return functools.partial(_replay, graph, result, call)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, result: Any, _: Call) -> Any:
+    """What the captured call returned; the call itself holds what the graph reads and writes."""
+    graph.replay()
+    return result
 
 
 def wall_clock(wait: Callable[[Any], object]) -> Clock:
