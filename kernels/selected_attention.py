@@ -1,6 +1,7 @@
 """Attention of queries at selected positions, with gradients for selected keys and values only.
 
-Every query sees an interval of the keys, which says all of causality, windows and packed sequences.
+Every query sees an interval of the keys, which says all of causality, windows and packed sequences;
+of these, a mask may leave out keys that are padding.
 
 1. Forward: a program multiplies a block of queries with one tile of keys after another, and keeps a
    running maximum and sum of a row (Milakov and Gimelshein 2018; Dao 2023), so that no scores are
@@ -14,7 +15,8 @@ Every query sees an interval of the keys, which says all of causality, windows a
 Legend: ``B`` sequences of ``S`` tokens, of which ``C`` are run; ``H`` query heads, of which ``G``
 share each of the ``K`` heads of keys and values; ``W`` size of a head, ``P`` the power of two above
 it. ``M`` queries of a block, ``T`` keys of a tile. ``low``, ``high`` and ``index``, all ``(B, C)``
-int32, are the first key that a query sees, the first behind the last, and the query's own position.
+int32, are the first key that a query sees, the first behind the last, and the query's own position;
+``keys`` ``(B, S)`` int32 is 0 for those that none sees, and not read unless MASKED_KEYS.
 """
 
 from typing import NamedTuple
@@ -53,6 +55,7 @@ def selected_attention_launches(
     scale: float,
     softcap: float | None = None,
     *,
+    masked_keys: bool = False,
     compact: bool = False,
 ) -> AttentionLaunches:
     """How to launch the kernels.
@@ -66,6 +69,7 @@ def selected_attention_launches(
         itemsize: Bytes of an element of queries, keys and values.
         scale: Factor of the scores.
         softcap: Scores are ``softcap tanh(scale q k / softcap)``; without if None.
+        masked_keys: Whether there are keys that no query sees.
         compact: Whether gradients of keys and values are those of the C positions alone.
     """
     padded = max(16, triton.next_power_of_2(width))
@@ -76,6 +80,7 @@ def selected_attention_launches(
         "P": padded,
         "SCALE": float(scale),
         "SOFTCAP": float(softcap or 0.0),
+        "MASKED_KEYS": masked_keys,
         # float32 is multiplied as such, not as tf32.
         "PRECISION": "ieee" if itemsize == 4 else "tf32",
     }
@@ -135,12 +140,15 @@ def _bounds(low_ptr, high_ptr, row_M, valid):
 
 
 @triton.jit
-def _unmasked(low_M, high_M, first, end, valid, T: tl.constexpr):
+def _unmasked(low_M, high_M, first, end, valid, MASKED_KEYS: tl.constexpr, T: tl.constexpr):
     """First and last border of the tiles between `first` and `end` that need no mask."""
-    low = tl.max(tl.where(valid, low_M, 0), 0)
-    high = tl.min(tl.where(valid, high_M, _BEYOND), 0)
-    from_ = tl.maximum(tl.minimum((low + T - 1) // T * T, end), first)
-    return from_, tl.maximum(tl.minimum(high, end) // T * T, from_)
+    if MASKED_KEYS:
+        return end, end
+    else:
+        low = tl.max(tl.where(valid, low_M, 0), 0)
+        high = tl.min(tl.where(valid, high_M, _BEYOND), 0)
+        from_ = tl.maximum(tl.minimum((low + T - 1) // T * T, end), first)
+        return from_, tl.maximum(tl.minimum(high, end) // T * T, from_)
 
 
 @triton.jit
@@ -155,8 +163,12 @@ def _part(part: tl.constexpr, first, from_, to, end):
 
 
 @triton.jit
-def _sees(low_M, high_M, key_T):
-    return (key_T[None, :] >= low_M[:, None]) & (key_T[None, :] < high_M[:, None])
+def _sees(low_M, high_M, key_T, keys_ptr, inside_T, MASKED_KEYS: tl.constexpr):
+    """Which keys of a tile each query sees ``(M, T)``."""
+    sees_MT = (key_T[None, :] >= low_M[:, None]) & (key_T[None, :] < high_M[:, None])
+    if MASKED_KEYS:
+        sees_MT &= (tl.load(keys_ptr + key_T, mask=inside_T, other=0) != 0)[None, :]
+    return sees_MT
 
 
 @triton.jit
@@ -180,20 +192,21 @@ def _uncapped(ds, s, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _forward_tile(
-    q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
-    W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    q_MP, k_ptr, v_ptr, keys_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v, S,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr,
+    T: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key_T = start + tl.arange(0, T)
     inside_T = key_T < S  # always, without a mask
     k_TP = _rows(k_ptr, key_T, stride_k, inside_T, MASKED, W, P)
     s_MT = _scores(q_MP, k_TP, SCALE, SOFTCAP, PRECISION)
     if MASKED:
-        s_MT = tl.where(_sees(low_M, high_M, key_T), s_MT, _FLOOR)
+        sees_MT = _sees(low_M, high_M, key_T, keys_ptr, inside_T, MASKED_KEYS)
+        s_MT = tl.where(sees_MT, s_MT, _FLOOR)
     new_M = tl.maximum(top_M, tl.max(s_MT, 1))
     p_MT = tl.exp2(s_MT - new_M[:, None])
     if MASKED:  # of a row that has seen nothing yet, the maximum is the floor itself
-        p_MT = tl.where(_sees(low_M, high_M, key_T), p_MT, 0.0)
+        p_MT = tl.where(sees_MT, p_MT, 0.0)
     shrink_M = tl.exp2(top_M - new_M)
     sum_M = sum_M * shrink_M + tl.sum(p_MT, 1)
     v_TP = _rows(v_ptr, key_T, stride_v, inside_T, MASKED, W, P)
@@ -205,11 +218,12 @@ def _forward_tile(
 
 @triton.jit
 def selected_attention_kernel(
-    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, out_ptr, lse_ptr, C, S,
+    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, keys_ptr, out_ptr, lse_ptr, C, S, stride_keys,
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_ob, stride_oh, stride_o,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Mixed values ``(B, H, C, W)`` and ``log2 Σ exp(score)`` ``(B, H, C)``; zeros of no keys."""
     head = tl.program_id(1)
@@ -222,17 +236,18 @@ def selected_attention_kernel(
     q_MP = _rows(q_ptr + b * stride_qb + h * stride_qh, row_M, stride_q, valid_M, True, W, P)
     k_ptr += b * stride_kb + kv * stride_kh
     v_ptr += b * stride_vb + kv * stride_vh
+    keys_ptr += b * stride_keys
     top_M = tl.full((M,), _FLOOR, tl.float32)
     sum_M = tl.zeros((M,), tl.float32)
     out_MP = tl.zeros((M, P), tl.float32)
     first = tl.minimum(low, end) // T * T
-    from_, to = _unmasked(low_M, high_M, first, end, valid_M, T)
+    from_, to = _unmasked(low_M, high_M, first, end, valid_M, MASKED_KEYS, T)
     for part in tl.static_range(3):
         begin, stop = _part(part, first, from_, to, end)
         for start in range(begin, stop, T):
             top_M, sum_M, out_MP = _forward_tile(
-                q_MP, k_ptr, v_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k, stride_v,
-                S, SCALE, SOFTCAP, part != 1, T, W, P, PRECISION,
+                q_MP, k_ptr, v_ptr, keys_ptr, start, low_M, high_M, top_M, sum_M, out_MP, stride_k,
+                stride_v, S, SCALE, SOFTCAP, part != 1, MASKED_KEYS, T, W, P, PRECISION,
             )  # fmt: skip
     seen_M = sum_M != 0.0
     sum_M = tl.where(seen_M, sum_M, 1.0)
@@ -244,9 +259,10 @@ def selected_attention_kernel(
 
 @triton.jit
 def _query_gradient_tile(
-    q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k, stride_v, S,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
-    W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    q_MP, g_MP, k_ptr, v_ptr, keys_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
+    stride_v, S,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr,
+    T: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key_T = start + tl.arange(0, T)
     inside_T = key_T < S
@@ -255,7 +271,8 @@ def _query_gradient_tile(
     s_MT = _scores(q_MP, k_TP, SCALE, SOFTCAP, PRECISION)
     p_MT = tl.exp2(s_MT - lse_M[:, None])
     if MASKED:
-        p_MT = tl.where(_sees(low_M, high_M, key_T), p_MT, 0.0)
+        sees_MT = _sees(low_M, high_M, key_T, keys_ptr, inside_T, MASKED_KEYS)
+        p_MT = tl.where(sees_MT, p_MT, 0.0)
     dp_MT = tl.dot(g_MP, tl.trans(v_TP), input_precision=PRECISION)
     ds_MT = _uncapped(p_MT * (dp_MT - delta_M[:, None]), s_MT, SOFTCAP)
     return tl.dot(ds_MT.to(k_TP.dtype), k_TP, dq_MP, input_precision=PRECISION)
@@ -263,11 +280,13 @@ def _query_gradient_tile(
 
 @triton.jit
 def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, out_ptr, lse_ptr, g_ptr, dq_ptr, delta_ptr, C, S,
+    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, keys_ptr, out_ptr, lse_ptr, g_ptr, dq_ptr, delta_ptr,
+    C, S, stride_keys,
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_ob, stride_oh, stride_o, stride_gb, stride_gh, stride_g,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries, in memory as the output, and ``Σ out g`` ``(B, H, C)``."""
     head = tl.program_id(1)
@@ -285,15 +304,16 @@ def query_gradient_kernel(
     lse_M = tl.load(lse_ptr + rows + row_M, mask=valid_M, other=0.0)
     k_ptr += b * stride_kb + kv * stride_kh
     v_ptr += b * stride_vb + kv * stride_vh
+    keys_ptr += b * stride_keys
     dq_MP = tl.zeros((M, P), tl.float32)
     first = tl.minimum(low, end) // T * T
-    from_, to = _unmasked(low_M, high_M, first, end, valid_M, T)
+    from_, to = _unmasked(low_M, high_M, first, end, valid_M, MASKED_KEYS, T)
     for part in tl.static_range(3):
         begin, stop = _part(part, first, from_, to, end)
         for start in range(begin, stop, T):
             dq_MP = _query_gradient_tile(
-                q_MP, g_MP, k_ptr, v_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP, stride_k,
-                stride_v, S, SCALE, SOFTCAP, part != 1, T, W, P, PRECISION,
+                q_MP, g_MP, k_ptr, v_ptr, keys_ptr, start, low_M, high_M, lse_M, delta_M, dq_MP,
+                stride_k, stride_v, S, SCALE, SOFTCAP, part != 1, MASKED_KEYS, T, W, P, PRECISION,
             )  # fmt: skip
     dq_ptr += b * stride_ob + h * stride_oh
     _store_rows(dq_ptr, row_M, stride_o, valid_M, dq_MP * SCALE, W, P)
@@ -301,13 +321,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, index_ptr, lse_ptr, g_ptr, delta_ptr, dk_ptr, dv_ptr,
-    C, S,
+    q_ptr, k_ptr, v_ptr, low_ptr, high_ptr, keys_ptr, index_ptr, lse_ptr, g_ptr, delta_ptr, dk_ptr,
+    dv_ptr, C, S, stride_keys,
     stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k, stride_vb, stride_vh, stride_v,
     stride_gb, stride_gh, stride_g,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, P: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPACT: tl.constexpr, T: tl.constexpr,
-    M: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    COMPACT: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values ``(B, S, K, W)``, contiguous, at the positions of queries.
 
@@ -320,6 +340,9 @@ def key_gradient_kernel(
     low_ptr, high_ptr, index_ptr = low_ptr + b * C, high_ptr + b * C, index_ptr + b * C
     key_T = tl.load(index_ptr + slot_T, mask=valid_T, other=_BEYOND)
     used_T = key_T < S
+    seen_T = used_T
+    if MASKED_KEYS:
+        seen_T = tl.load(keys_ptr + b * stride_keys + key_T, mask=used_T, other=0) != 0
     first_key, last_key = tl.min(key_T, 0), tl.max(tl.where(used_T, key_T, -1), 0)
     k_TP = _rows(k_ptr + b * stride_kb + kv * stride_kh, key_T, stride_k, used_T, True, W, P)
     v_TP = _rows(v_ptr + b * stride_vb + kv * stride_vh, key_T, stride_v, used_T, True, W, P)
@@ -343,6 +366,8 @@ def key_gradient_kernel(
                 s_TM = _scores(k_TP, q_MP, SCALE, SOFTCAP, PRECISION)
                 p_TM = tl.exp2(s_TM - lse_M[None, :])
                 sees_TM = (key_T[:, None] >= low_M[None, :]) & (key_T[:, None] < high_M[None, :])
+                if MASKED_KEYS:
+                    sees_TM &= seen_T[:, None]
                 p_TM = tl.where(sees_TM, p_TM, 0.0)
                 dv_TP = tl.dot(p_TM.to(g_MP.dtype), g_MP, dv_TP, input_precision=PRECISION)
                 dp_TM = tl.dot(v_TP, tl.trans(g_MP), input_precision=PRECISION)

@@ -312,27 +312,33 @@ def heads_of(values, gap):
 
 
 def selected_attention(
-    query, key, value, low, high, index, grad, scale, softcap=None, *, gap=8, tiles=None,
-    compact=False,
+    query, key, value, low, high, index, grad, scale, softcap=None, keys=None, *, gap=8,
+    tiles=None, compact=False,
 ):  # fmt: skip
-    """Output and gradients of query, key and value, as float64; `tiles` are M and T of all."""
+    """Output and gradients of query, key and value, as float64; `tiles` are M and T of all.
+
+    `keys` (B, S) is False where no query sees the key.
+    """
     (batch, heads, n_rows, width), (kv_heads, length) = query.shape, key.shape[1:3]
     launches = selected_attention_launches(
         batch, heads, kv_heads, n_rows, width, query.element_size(), scale, softcap,
-        compact=compact,
+        masked_keys=keys is not None, compact=compact,
     )  # fmt: skip
     if tiles is not None:
-        rows, keys = tiles
-        by_rows = (triton.cdiv(n_rows, rows), batch * heads)
-        by_keys = (triton.cdiv(n_rows, keys), batch * kv_heads)
+        own, other = tiles
+        by_rows = (triton.cdiv(n_rows, own), batch * heads)
+        by_keys = (triton.cdiv(n_rows, other), batch * kv_heads)
         launches = [
-            launch._replace(grid=grid, constants=launch.constants | {"M": rows, "T": keys})
+            launch._replace(grid=grid, constants=launch.constants | {"M": own, "T": other})
             for launch, grid in zip(launches, (by_rows, by_rows, by_keys), strict=True)
         ]
     forward, of_query, of_key = launches
     q, k, v, g = (heads_of(x, gap)[1] for x in (query, key, value, grad))
     low, high, index = (_on_device(np.ascontiguousarray(x, np.int32)) for x in (low, high, index))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+    # A row's end is followed by keys that are seen, if it is overrun.
+    seen = low if keys is None else rows_of(torch.as_tensor(keys).int() * 7, gap=gap, fill=1)[1]
+    sizes = n_rows, length, seen.stride(0)
 
     def empty(*shape, dtype=query.dtype):
         memory, view = rows_of(
@@ -351,18 +357,18 @@ def selected_attention(
     )
     with Untouched(out_memory, out), Untouched(lse_memory, lse):
         run(
-            selected_attention_kernel, forward, q, k, v, low, high, out, lse, n_rows, length,
+            selected_attention_kernel, forward, q, k, v, low, high, seen, out, lse, *sizes,
             *strides, *out.stride()[:3],
         )  # fmt: skip
     with Untouched(dq_memory, dq), Untouched(delta_memory, delta), Untouched(out_memory, out[:0]):
         run(
-            query_gradient_kernel, of_query, q, k, v, low, high, out, lse, g, dq, delta,
-            n_rows, length, *strides, *out.stride()[:3], *g.stride()[:3],
+            query_gradient_kernel, of_query, q, k, v, low, high, seen, out, lse, g, dq, delta,
+            *sizes, *strides, *out.stride()[:3], *g.stride()[:3],
         )  # fmt: skip
     with Untouched(dk_memory, dk), Untouched(dv_memory, dv):
         run(
-            key_gradient_kernel, of_key, q, k, v, low, high, index, lse, g, delta, dk, dv,
-            n_rows, length, *strides, *g.stride()[:3],
+            key_gradient_kernel, of_key, q, k, v, low, high, seen, index, lse, g, delta, dk, dv,
+            *sizes, *strides, *g.stride()[:3],
         )  # fmt: skip
     inside = index < length
     if not compact:

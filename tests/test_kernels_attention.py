@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 VIEWS = ("causal", "window", "packed", "bidirectional", "left padding")
 
 
-def attention(query, key, value, low, high, scale, softcap=None):
+def attention(query, key, value, low, high, scale, softcap=None, keys=None):
     """Mixed values and probabilities by NumPy, zeros where a query sees nothing."""
     group = query.shape[1] // key.shape[1]
     k, v = (np.repeat(x, group, axis=1) for x in (key, value))
@@ -25,6 +25,7 @@ def attention(query, key, value, low, high, scale, softcap=None):
         scores = softcap * np.tanh(scores / softcap)
     place = np.arange(key.shape[2])
     sees = (place >= low[..., None]) & (place < high[..., None])
+    sees = sees if keys is None else sees & keys[:, None]
     scores = np.where(sees[:, None], scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True)
     e = np.where(sees[:, None], np.exp(scores - np.where(np.isfinite(top), top, 0)), 0)
@@ -33,11 +34,11 @@ def attention(query, key, value, low, high, scale, softcap=None):
     return np.einsum("bhcs,bhsw->bhcw", p, v), p
 
 
-def expected(query, key, value, low, high, index, grad, scale, softcap=None):
+def expected(query, key, value, low, high, index, grad, scale, softcap=None, keys=None):
     """Output, and gradients of queries and of the keys and values at `index`."""
     batch, kv_heads, _, width = key.shape
     group = query.shape[1] // kv_heads
-    out, p = attention(query, key, value, low, high, scale, softcap)
+    out, p = attention(query, key, value, low, high, scale, softcap, keys)
     v = np.repeat(value, group, axis=1)
     ds = p * (np.einsum("bhcw,bhsw->bhcs", grad, v) - (grad * out).sum(axis=-1, keepdims=True))
     if softcap is not None:
@@ -74,13 +75,14 @@ def problem(batch, heads, kv_heads, length, n_rows, width, dtype, view="causal",
 
 
 def check(
-    query, key, value, low, high, index, grad, *, scale=0.3, softcap=None, tolerance=None, **options
-):
+    query, key, value, low, high, index, grad, *, scale=0.3, softcap=None, keys=None,
+    tolerance=None, **options,
+):  # fmt: skip
     found = kernels_on.selected_attention(
-        query, key, value, low, high, index, grad, scale, softcap, **options
+        query, key, value, low, high, index, grad, scale, softcap, keys, **options
     )
     arrays = [x.double().numpy() for x in (query, key, value)]
-    want = expected(*arrays, low, high, index, grad.double().numpy(), scale, softcap)
+    want = expected(*arrays, low, high, index, grad.double().numpy(), scale, softcap, keys)
     tolerance = tolerance or TOLERANCE[query.dtype]
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, want, strict=True):
         assert np.isfinite(a).all(), name
@@ -116,6 +118,18 @@ def test_the_expected_gradients_are_those_of_differences(softcap):
 @pytest.mark.parametrize(("view", "dtype"), [*itertools.product(VIEWS, (torch.float32, HALF))])
 def test_what_queries_see(view, dtype, tiles):
     check(*problem(2, 4, 2, 75, 29, 16, dtype, view), tiles=tiles)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("tiles", [None, (16, 16)], ids=str)
+@pytest.mark.parametrize(("view", "dtype"), [*itertools.product(VIEWS, (torch.float32, HALF))])
+def test_keys_that_none_sees(view, dtype, tiles, softcap):
+    rng = np.random.default_rng(3)
+    keys = rng.random((3, 75)) < 0.6
+    keys[1, 20:60] = False  # more than a tile of them
+    keys[2] = False
+    given = problem(3, 4, 2, 75, 29, 16, dtype, view)
+    check(*given, tiles=tiles, keys=keys, softcap=softcap, compact=softcap is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)

@@ -23,16 +23,17 @@ def on_device(query, key, value, low, high, index, grad):
     return leaves, rows, grad
 
 
-def gradients(way, leaves, rows, grad, scale=0.25):
-    out = way(*leaves, *rows, scale)
+def gradients(way, leaves, rows, grad, scale=0.25, **options):
+    out = way(*leaves, *rows, scale, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def check(way, *given):
+def check(way, *given, keys=None):
     query, key, value, low, high, index, grad = given
-    found = gradients(way, *on_device(*given))
+    mask = None if keys is None else torch.from_numpy(keys).int().to(DEVICE)
+    found = gradients(way, *on_device(*given), keys_BS=mask)
     arrays = [x.double().numpy() for x in (query, key, value)]
-    want = expected(*arrays, low, high, index, grad.double().numpy(), 0.25)
+    want = expected(*arrays, low, high, index, grad.double().numpy(), 0.25, keys=keys)
     selected = torch.from_numpy(index)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
     found = [x.double().cpu() for x in found]
     for full in found[2:]:
@@ -49,6 +50,15 @@ def check(way, *given):
 @pytest.mark.parametrize("way", WAYS)
 def test_output_and_gradients(way, view, dtype):
     check(getattr(attention, way), *problem(2, 4, 2, 70, 21, 16, dtype, view))
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_that_none_sees(way, view):
+    keys = np.random.default_rng(5).random((2, 70)) < 0.5
+    keys[1] = False
+    check(getattr(attention, way), *problem(2, 4, 2, 70, 21, 16, torch.float32, view), keys=keys)
 
 
 @pytest.mark.float64
@@ -91,14 +101,16 @@ def test_the_operators_are_what_they_say():
         *problem(1, 2, 1, 20, 7, 16, torch.float32)
     )
     query, key, value = (x.detach() for x in (query, key, value))
-    out, lse = attention.selected_attention(query, key, value, low, high, 0.25, 0.0)
+    out, lse = attention.selected_attention(query, key, value, low, high, None, 0.25, 0.0)
     assert out.transpose(1, 2).is_contiguous()  # as a model goes on with it
     checks = ("test_schema", "test_faketensor")
     forward = torch.ops.cggr.selected_attention
-    torch.library.opcheck(forward, (query, key, value, low, high, 0.25, 0.0), test_utils=checks)
     backward = torch.ops.cggr.selected_attention_gradient
-    inputs = (query, key, value, low, high, index, out, lse, grad, 0.25, 0.0)
-    torch.library.opcheck(backward, inputs, test_utils=checks)
+    for keys in (None, torch.ones(1, 20, dtype=torch.int32, device=DEVICE)):
+        inputs = (query, key, value, low, high, keys)
+        torch.library.opcheck(forward, (*inputs, 0.25, 0.0), test_utils=checks)
+        inputs = (*inputs, index, out, lse, grad, 0.25, 0.0)
+        torch.library.opcheck(backward, inputs, test_utils=checks)
 
 
 @pytest.mark.float64

@@ -140,7 +140,7 @@ def _forward(scale: float, *arrays: Array) -> tuple[Array, Any]:
     out, lse = call_kernel(
         kernels.selected_attention_kernel,
         _launches(scale, query, key).forward,
-        (query, key, value, low, high),
+        (query, key, value, low, high, low),  # no keys are masked
         _like(query),
         jax.ShapeDtypeStruct((batch, n_heads, n_rows), jnp.float32),
         C=n_rows,
@@ -158,7 +158,7 @@ def _backward(scale: float, saved: Any, grad: Array) -> tuple[Array | None, ...]
     d_query, delta = call_kernel(
         kernels.query_gradient_kernel,
         launches.query_gradient,
-        (query, key, value, low, high, out, lse, grad),
+        (query, key, value, low, high, low, out, lse, grad),
         _like(query),
         _like(lse),
         **sizes,
@@ -168,7 +168,7 @@ def _backward(scale: float, saved: Any, grad: Array) -> tuple[Array | None, ...]
     d_key, d_value = call_kernel(
         kernels.key_gradient_kernel,
         launches.key_gradient,
-        (query, key, value, low, high, index, lse, grad, delta),
+        (query, key, value, low, high, low, index, lse, grad, delta),
         rows,
         rows,
         **sizes,
@@ -195,7 +195,7 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 
 def _strides(**arrays: Array) -> dict[str, int]:
     """Of sequences, heads and rows of contiguous ``(B, C, H, W)``, as the kernels call them."""
-    found = {}
+    found = {"stride_keys": 0}
     for name, x in arrays.items():
         _, n_rows, n_heads, width = x.shape
         found[f"stride_{name}b"] = n_rows * n_heads * width

@@ -13,7 +13,7 @@ share each of the ``K`` heads of keys and values; ``W`` size of a head.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,10 @@ def for_groups(masks: Any, group: int) -> Any:
     return masks.repeat(1, 1, group, 1)
 
 
-def as_mask(low_BC: Tensor, high_BC: Tensor, index_BC: Tensor) -> Tensor:
-    """What these functions take in place of a mask ``(B, 1, C, 3)``, of four dimensions.
+def as_mask(
+    low_BC: Tensor, high_BC: Tensor, index_BC: Tensor, keys_BS: Tensor | None = None
+) -> Tensor:
+    """What these functions take in place of a mask: int32, and of four dimensions.
 
     Such masks transformers hands on as they are.
 
@@ -97,14 +99,31 @@ def as_mask(low_BC: Tensor, high_BC: Tensor, index_BC: Tensor) -> Tensor:
         low_BC: The first key that a query sees.
         high_BC: The first key behind those that it sees.
         index_BC: The positions of the queries.
+        keys_BS: False for keys that no query sees; none is if None.
     """
-    return torch.stack((low_BC, high_BC, index_BC), dim=-1).to(torch.int32)[:, None]
+    rows = (low_BC, high_BC, index_BC) if keys_BS is None else (low_BC, high_BC, index_BC, keys_BS)
+    return torch.cat(rows, dim=1).to(torch.int32)[:, None, None]
 
 
-def _expanded(mask_B1C3: Tensor, length: int) -> Tensor:
-    low_B1C1, high_B1C1, _ = mask_B1C3[..., None].unbind(-2)
-    key_S = torch.arange(length, device=mask_B1C3.device)
-    return (key_S >= low_B1C1) & (key_S < high_B1C1)
+class _Seen(NamedTuple):
+    """The parts of :func:`as_mask`."""
+
+    low_BC: Tensor
+    high_BC: Tensor
+    index_BC: Tensor
+    keys_BS: Tensor | None
+
+
+def _parts(mask_B11X: Tensor, n_rows: int) -> _Seen:
+    mask_BX = mask_B11X[:, 0, 0]
+    low_BC, high_BC, index_BC = mask_BX[:, : 3 * n_rows].tensor_split(3, dim=1)
+    keys_BS = mask_BX[:, 3 * n_rows :] if mask_BX.shape[1] > 3 * n_rows else None
+    return _Seen(low_BC, high_BC, index_BC, keys_BS)
+
+
+def _expanded(mask_B11X: Tensor, n_rows: int, length: int) -> Tensor:
+    low_BC, high_BC, _, keys_BS = _parts(mask_B11X, n_rows)
+    return selected_attention.visible(low_BC, high_BC, keys_BS, length)[:, None]
 
 
 def row_attention(
@@ -137,7 +156,7 @@ def row_attention(
         if dropout == 0.0:
             scale = _scale(query_BHCW, scaling)
             return _by_kernels(query_BHCW, key_BKSW, value_BKSW, attention_mask, scale), None
-        attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
+        attention_mask = _expanded(attention_mask, query_BHCW.shape[2], key_BKSW.shape[2])
     batch, n_heads, n_rows, width = query_BHCW.shape
     group = n_heads // key_BKSW.shape[1]
     if attention_mask is None or group == 1 or attention_mask.shape[2] != group * n_rows:
@@ -185,7 +204,7 @@ def capped_row_attention(
         if dropout == 0.0:
             given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap
             return _by_kernels(*given), None
-        attention_mask = _expanded(attention_mask, key_BKSW.shape[2])
+        attention_mask = _expanded(attention_mask, query_BHCW.shape[2], key_BKSW.shape[2])
     assert softcap is not None
     mixed_BHCW = selected_attention.capped_attention(
         query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap, dropout
@@ -205,15 +224,15 @@ def _by_kernels(
     query_BHCW: Tensor,
     key_BKSW: Tensor,
     value_BKSW: Tensor,
-    mask_B1C3: Tensor,
+    mask_B11X: Tensor,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    low_BC, high_BC, index_BC = mask_B1C3[:, 0].unbind(-1)
+    low_BC, high_BC, index_BC, keys_BS = _parts(mask_B11X, query_BHCW.shape[2])
     # Rotary positions make float32 of what autocast multiplied in less, as for sdpa.
     dtype = autocast_dtype(value_BKSW) or value_BKSW.dtype
     query, key, value = (x.to(dtype) for x in (query_BHCW, key_BKSW, value_BKSW))
     mixed_BHCW = selected_attention.fused(
-        query, key, value, low_BC, high_BC, index_BC, scale, softcap
+        query, key, value, low_BC, high_BC, index_BC, scale, softcap, keys_BS
     )
     return mixed_BHCW.transpose(1, 2)

@@ -50,6 +50,7 @@ def fused(
     index_BC: Tensor,
     scale: float,
     softcap: float | None = None,
+    keys_BS: Tensor | None = None,
 ) -> Tensor:
     """``softmax(scale q k^T) v`` over the keys that each query sees, by the Triton kernels.
 
@@ -63,12 +64,13 @@ def fused(
             have gradients there, and zeros elsewhere.
         scale: Of the scores.
         softcap: Scores are ``softcap tanh(scale q k^T / softcap)``; without if None.
+        keys_BS: int32, 0 for keys that no query sees; none is if None.
 
     Returns:
         ``(B, H, C, W)``, zeros where a query sees no key.
     """
     mixed: Tensor = _SelectedAttention.apply(
-        query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, scale, softcap or 0.0
+        query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, keys_BS, index_BC, scale, softcap or 0.0
     )
     return mixed
 
@@ -82,10 +84,10 @@ def eager(
     index_BC: Tensor,
     scale: float,
     softcap: float | None = None,
+    keys_BS: Tensor | None = None,
 ) -> Tensor:
     """The same as :func:`fused` in plain PyTorch."""
-    place_S = torch.arange(key_BKSW.shape[2], device=query_BHCW.device)
-    sees_BCS = (place_S >= low_BC[..., None]) & (place_S < high_BC[..., None])
+    sees_BCS = visible(low_BC, high_BC, keys_BS, key_BKSW.shape[2])
     selected_BS = sees_BCS.new_zeros(sees_BCS.shape[0], sees_BCS.shape[2])
     selected_B1S1 = selected_BS.scatter(1, index_BC.long(), True)[:, None, :, None]
     key, value = (torch.where(selected_B1S1, x, x.detach()) for x in (key_BKSW, value_BKSW))
@@ -97,7 +99,14 @@ def eager(
         )
     else:
         mixed = capped_attention(query_BHCW, key, value, sees_B1CS, scale, softcap)
-    return torch.where((low_BC < high_BC)[:, None, :, None], mixed, 0)
+    return torch.where(sees_BCS.any(-1)[:, None, :, None], mixed, 0)
+
+
+def visible(low_BC: Tensor, high_BC: Tensor, keys_BS: Tensor | None, length: int) -> Tensor:
+    """Which keys a query sees ``(B, C, S)``, of the arguments of :func:`fused`."""
+    place_S = torch.arange(length, device=low_BC.device)
+    sees_BCS = (place_S >= low_BC[..., None]) & (place_S < high_BC[..., None])
+    return sees_BCS if keys_BS is None else sees_BCS & keys_BS.bool()[:, None]
 
 
 def capped_attention(
@@ -133,16 +142,14 @@ class _SelectedAttention(torch.autograd.Function):
         value_BKSW: Tensor,
         low_BC: Tensor,
         high_BC: Tensor,
+        keys_BS: Tensor | None,
         index_BC: Tensor,
         scale: float,
         softcap: float,
     ) -> Tensor:
-        out_BHCW, lse_BHC = selected_attention(
-            query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, scale, softcap
-        )
-        ctx.save_for_backward(
-            query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, index_BC, out_BHCW, lse_BHC
-        )
+        given = query_BHCW, key_BKSW, value_BKSW, low_BC, high_BC, keys_BS
+        out_BHCW, lse_BHC = selected_attention(*given, scale, softcap)
+        ctx.save_for_backward(*given, index_BC, out_BHCW, lse_BHC)
         ctx.scale, ctx.softcap = scale, softcap
         return out_BHCW
 
@@ -151,7 +158,7 @@ class _SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores = ctx.scale, ctx.softcap
         gradients = selected_attention_gradient(*ctx.saved_tensors, grad, *scores)
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 6
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -159,20 +166,33 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _launches(query: Tensor, key: Tensor, scale: float, softcap: float) -> Any:
+def _launches(query: Tensor, key: Tensor, keys: Tensor | None, scale: float, softcap: float) -> Any:
     from cggr.kernels.selected_attention import selected_attention_launches
 
     (batch, n_heads, n_rows, width), n_kv_heads = query.shape, key.shape[1]
     return selected_attention_launches(
-        batch, n_heads, n_kv_heads, n_rows, width, query.element_size(), scale, softcap
+        batch,
+        n_heads,
+        n_kv_heads,
+        n_rows,
+        width,
+        query.element_size(),
+        scale,
+        softcap,
+        masked_keys=keys is not None,
     )
+
+
+def _mask_or_any(keys: Tensor | None, low: Tensor) -> Tensor:
+    """What the kernels take, and do not read if there is no mask."""
+    return low if keys is None else keys if keys.stride(1) == 1 else keys.contiguous()
 
 
 @torch.library.custom_op(
     "cggr::selected_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, float scale, "
-    "float softcap) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, Tensor? keys, "
+    "float scale, float softcap) -> (Tensor, Tensor)",
 )
 def selected_attention(
     query: Tensor,
@@ -180,6 +200,7 @@ def selected_attention(
     value: Tensor,
     low: Tensor,
     high: Tensor,
+    keys: Tensor | None,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
@@ -192,11 +213,13 @@ def selected_attention(
     query, key, value = _with_heads(query), _with_heads(key), _with_heads(value)
     out, lse = _empty_attention(query)
     if out.numel():
+        low, high = low.contiguous(), high.contiguous()
+        mask = _mask_or_any(keys, low)
         launch_kernel(
             selected_attention_kernel,
-            _launches(query, key, scale, softcap).forward,
-            *(query, key, value, low.contiguous(), high.contiguous(), out, lse),
-            *(query.shape[2], key.shape[2]),
+            _launches(query, key, keys, scale, softcap).forward,
+            *(query, key, value, low, high, mask, out, lse),
+            *(query.shape[2], key.shape[2], mask.stride(0)),
             *_strides(query, key, value, out),
         )
     return out, lse
@@ -224,8 +247,9 @@ def _with_heads(x: Tensor) -> Tensor:
 @torch.library.custom_op(
     "cggr::selected_attention_gradient",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, Tensor index, "
-    "Tensor out, Tensor lse, Tensor grad, float scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor low, Tensor high, Tensor? keys, "
+    "Tensor index, Tensor out, Tensor lse, Tensor grad, float scale, float softcap) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def selected_attention_gradient(
     query: Tensor,
@@ -233,6 +257,7 @@ def selected_attention_gradient(
     value: Tensor,
     low: Tensor,
     high: Tensor,
+    keys: Tensor | None,
     index: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -252,18 +277,19 @@ def selected_attention_gradient(
     d_key.zero_()
     d_value.zero_()
     if out.numel():
-        launches, delta = _launches(query, key, scale, softcap), torch.empty_like(lse)
-        sizes = query.shape[2], key.shape[2]
+        launches, delta = _launches(query, key, keys, scale, softcap), torch.empty_like(lse)
+        mask = _mask_or_any(keys, low)
+        sizes = query.shape[2], key.shape[2], mask.stride(0)
         launch_kernel(
             query_gradient_kernel,
             launches.query_gradient,
-            *(query, key, value, low, high, out, lse, grad, d_query, delta, *sizes),
+            *(query, key, value, low, high, mask, out, lse, grad, d_query, delta, *sizes),
             *_strides(query, key, value, out, grad),
         )
         launch_kernel(
             key_gradient_kernel,
             launches.key_gradient,
-            *(query, key, value, low, high, index, lse, grad, delta, d_key, d_value, *sizes),
+            *(query, key, value, low, high, mask, index, lse, grad, delta, d_key, d_value, *sizes),
             *_strides(query, key, value, grad),
         )
     return d_query, d_key, d_value
