@@ -587,9 +587,10 @@ def test_latency_is_that_of_four_times_the_batch():
     rows = measured_on_cpu("latency", StepCase(12, 96, 32, "float32", "tiny", 1, 2, 4, 2, 48))
     assert list(rows)[:2] == ["dense", "dense, 4 times the batch"]
     assert "token, ratio 0.25, graph, 4 times the batch" in rows
-    assert len(rows) == 10
+    assert len(rows) == 15
     losses = {name: row["loss"] for name, row in rows.items()}
     assert losses["dense"] == losses["dense, graph"] != losses["dense, 4 times the batch"]
+    assert losses["dense"] == losses["dense, compiled graph"]
     assert all(row["to_dense"] == 1.0 for row in rows.values())
 
 

@@ -49,12 +49,33 @@ def test_a_static_step_never_synchronises(name, inputs):
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are not wanted here
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
-def test_a_captured_step_is_that_of_eager_without_a_wait(name, compiled):
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("llama", "ids"),
+        ("gemma3", "ids"),
+        ("gpt2", "ids"),
+        ("bert", "ids"),
+        ("llama", "padding"),
+        ("bert", "padding"),
+        ("gemma3", "packed"),
+        ("llama", "checkpointed"),
+    ],
+)
+def test_a_captured_step_is_that_of_eager_without_a_wait(name, inputs, compiled, monkeypatch):
     torch._dynamo.reset()
+    others = {}
+    if inputs == "padding":
+        others["attention_mask"] = (torch.arange(16) < 10 + torch.arange(4)[:, None]).long().cuda()
+    elif inputs == "packed":
+        others["position_ids"] = (torch.arange(16) % 6).expand(4, 16).contiguous().cuda()
 
     def make(compiled=False):
         model = build(name)
+        if inputs == "checkpointed":
+            # The state of a generator cannot be asked for in a capture.
+            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         inner = torch.compile(model, dynamic=False) if compiled else model
         return CGGRModel(inner, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
 
@@ -63,11 +84,16 @@ def test_a_captured_step_is_that_of_eager_without_a_wait(name, compiled):
     for seed in range(4):
         ids = models.token_ids(4, 16, seed=seed + 1).cuda()
         labels = labels_for(name, ids)
-        # After one graph that sets gradients, and one that adds to them.
-        with no_synchronisation() if seed > 1 else contextlib.nullcontext():
-            loss = step(ids, labels)
-        expected = eager(ids, labels=labels)
-        expected.backward()
+        with monkeypatch.context() as patch:
+            if inputs in ("padding", "packed"):  # by our kernels, which the other has not
+                patch.setenv("CGGR_IMPLEMENTATION", "triton")
+            # After one graph that sets gradients, and one that adds to them.
+            with no_synchronisation() if seed > 1 else contextlib.nullcontext():
+                loss = step(ids, labels, **others)
+        with monkeypatch.context() as patch:
+            patch.setenv("CGGR_IMPLEMENTATION", "eager")
+            expected = eager(ids, labels=labels, **others)
+            expected.backward()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
         want = gradients(eager.model)
         for key, gradient in gradients(replayed.model).items():
