@@ -531,6 +531,8 @@ def test_attention_is_measured_against_float64():
         assert 0 < both["gradient_error"] < 1e-5
     every = rows["causal sdpa of all, flash, forward"]["operations"]
     assert every == 4 * 16 * 2 * 4 * 40 * 41 // 2
+    as_many = rows["causal sdpa of as many pairs, flash, forward"]["operations"]
+    assert as_many == 4 * 16 * 2 * 4 * 20 * 21 // 2  # of half the length, for a quarter
     inputs = bench_attention.make_inputs(case, 0, "cpu")._replace(
         index_BC=torch.tensor([[0, 9], [5, 39]], dtype=torch.int32)
     )

@@ -1,15 +1,17 @@
 """Attention of selected positions: our kernels, sdpa with a mask, causal sdpa of all positions.
 
-Each is a CUDA graph. Queries, keys and values are N(0, 1); the queries are at random positions, and
-see what is before them. TFLOP/s count two products of every query and every key that it sees,
-forward. Errors are the largest of the first head, of the output and of its query's gradient,
-relative to their largest entry in float64.
+And causal sdpa of shorter sequences, in which queries see as many keys in all. Each is a CUDA
+graph. Queries, keys and values are N(0, 1); the queries are at random positions, and see what is
+before them. TFLOP/s count two products of every query and every key that it sees, forward. Errors
+are the largest of the first head, of the output and of its query's gradient, relative to their
+largest entry in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +27,7 @@ from cggr.bench.timing import Call, Contestant, Progress, captured, measure, row
 from cggr.torch import selected_attention
 
 OURS, MASKED, EAGER = "selected attention", "sdpa with a mask", "scores in memory"
-CAUSAL = {
-    "causal sdpa of all, flash": SDPBackend.FLASH_ATTENTION,
-    "causal sdpa of all, cuDNN": SDPBackend.CUDNN_ATTENTION,
-}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +111,17 @@ def make_inputs(case: AttentionCase, seed: int, device: str = "cuda") -> Inputs:
     return Inputs(every, query, key, value, index)
 
 
+def beginning(inputs: Inputs, share: float) -> Inputs:
+    """Of the first positions alone, this share of all."""
+    n_rows = round(share * inputs.every_BHSW.shape[2])
+    first = (
+        x.detach()[:, :, :n_rows].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for x in (inputs.every_BHSW, inputs.key_BKSW, inputs.value_BKSW)
+    )
+    every, key, value = first
+    return Inputs(every, every, key, value, inputs.index_BC)
+
+
 def _ours(index_BC: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     low_BC, high_BC = torch.zeros_like(index_BC), index_BC + 1
     scale = query.shape[3] ** -0.5
@@ -160,8 +170,10 @@ def run(case: AttentionCase, settings: BenchSettings, progress: Progress) -> lis
         *two_of(MASKED, functools.partial(_masked, grouped_mask), inputs, truth),
         *two_of(EAGER, functools.partial(_eager, mask), inputs, truth),
     ]
-    for name, backend in CAUSAL.items():
-        contestants += two_of(name, functools.partial(_causal, backend), inputs, None)
+    of_all = {"all": inputs, "as many pairs": beginning(inputs, case.ratio**0.5)}
+    for (what, operands), (name, backend) in itertools.product(of_all.items(), BACKENDS.items()):
+        attend = functools.partial(_causal, backend)
+        contestants += two_of(f"causal sdpa of {what}, {name}", attend, operands, None)
     rows = rows_of(measure(contestants, settings, progress))
     for row in rows:
         if "operations" in row and "ms" in row:
