@@ -23,11 +23,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import cggr.torch.model
-import cggr.torch.token_split
 from cggr.torch import CGGRModel as RoutedModel
 from cggr.torch import CGGRScorer as RoutedScorer
 from cggr.torch import RoutingConfig, create_truncated_router, row_attention, selected_attention
-from cggr.torch.token_split import TokenSplit, refusal
+from cggr.torch.refusal import _ADAPTERS, refusal
+from cggr.torch.token_split import TokenSplit
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels; all else is on the CPU
@@ -1021,7 +1021,7 @@ def test_adapters_that_mix_positions_are_refused():
 @of_peft
 def test_every_adapter_that_is_taken_exists():
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    assert set(cggr.torch.token_split._ADAPTERS) <= {kind.value for kind in peft.PeftType}
+    assert set(_ADAPTERS) <= {kind.value for kind in peft.PeftType}
 
 
 @pytest.mark.parametrize(
@@ -1302,7 +1302,8 @@ def test_dropout_of_attention_masks_as_before(kernel_calls):
         recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
         by_kernels = split.rows(recorded, index, None)
         assert len(kernel_calls) == models.LAYERS
-        recorded = recorded._replace(in_intervals=False)
+        visible = recorded.visible._replace(by_kernels=False)
+        recorded = recorded._replace(visible=visible)
         torch.testing.assert_close(split.rows(recorded, index, None), by_kernels)
     rows = [torch.tensor([row]) for row in ([0, 1], [3, 6], [2, 5])]
     expanded = row_attention._expanded(row_attention.as_mask(*rows), 2, 7)

@@ -18,7 +18,7 @@ from cggr.race.pretrained import check_fit
 from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.tokens import IGNORED, Corpus, Tokens, evaluation_batches
 from cggr.torch import CGGRModel, create_truncated_router
-from cggr.torch.token_split import refusal
+from cggr.torch.refusal import refusal
 
 
 class TorchLane:

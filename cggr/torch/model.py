@@ -21,6 +21,7 @@ from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import aligned_targets, checked_targets
+from cggr.torch.refusal import refusal
 from cggr.torch.router import (
     TruncatedRouter,
     cache_switch,
@@ -33,7 +34,7 @@ from cggr.torch.router import (
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
-from cggr.torch.token_split import TokenSplit, refusal
+from cggr.torch.token_split import TokenSplit
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,110 @@
+"""Which models can be run on a part of their positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from cggr.torch.router import PARALLEL, detect_architecture, unwrapped, wrappings
+
+_SCAN = "its layers scan the whole sequence, of which a part is not defined"
+_ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
+_HYBRID = "its linear-attention layers scan the whole sequence, of which a part is not defined"
+REFUSED = {
+    "mamba": _SCAN,
+    "mamba2": _SCAN,
+    "falcon_mamba": _SCAN,
+    "rwkv": _SCAN,
+    "bloom": _ALIBI,
+    "mpt": _ALIBI,
+    "jamba": _HYBRID,
+    "bamba": _HYBRID,
+    "zamba2": _HYBRID,
+    "qwen3_next": _HYBRID,
+}
+# In these, positions see what comes after them.
+BIDIRECTIONAL = ("bert", "roberta")
+# fmt: off
+# Kinds of peft that compute every position by itself.
+_ADAPTERS = (
+    "ADALORA", "ADAPTION_PROMPT", "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "RANDLORA",
+    "ROAD", "SHIRA", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+)
+# fmt: on
+# Where a class may have its forward from: theirs, and Liger's, which computes the same.
+_KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why this model cannot be run on a part of its positions, None if it can."""
+    inner = unwrapped(model)
+    config, name = getattr(inner, "config", None), type(inner).__name__
+    model_type = getattr(config, "model_type", None)
+    for wrapping in wrappings(model):
+        if isinstance(wrapping, PARALLEL):
+            return (
+                f"{type(wrapping).__name__} would not see the passes of the model inside it: wrap "
+                f"the CGGRModel itself."
+            )
+        for adapter in getattr(wrapping, "peft_config", {}).values():
+            kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+            if getattr(adapter, "is_prompt_learning", False):
+                return f"{type(wrapping).__name__} puts learned positions before the sequence."
+            if getattr(adapter, "alora_invocation_tokens", None) is not None:
+                return (
+                    f"{type(wrapping).__name__} looks for invocation tokens in a whole sequence "
+                    f"(alora_invocation_tokens)."
+                )
+            if kind not in _ADAPTERS:
+                return (
+                    f"{type(wrapping).__name__} has an adapter of kind {kind}, which is not known "
+                    f"to compute every position by itself."
+                )
+    if model_type in REFUSED:
+        return f"{name} is a {model_type} model: {REFUSED[model_type]}."
+    if detect_architecture(inner) == "passthrough":
+        return (
+            f"{name} is not of a kind known to run on selected positions: transformers' causal or "
+            f"masked language models of type llama, mistral, qwen2, qwen3, gemma2, gemma3_text, "
+            f"phi3, cohere, granite, gpt2, gptj, falcon, gpt_neox, bert, roberta."
+        )
+    if "forward" in vars(inner):
+        return (
+            f"{name}.forward was replaced on this model, and its parts are run without it: give "
+            f"accelerate.prepare() the CGGRModel."
+        )
+    if not type(inner).forward.__module__.startswith(_KNOWN_FORWARDS):
+        return f"{name} has a forward of its own, and its parts are run without it."
+    if getattr(config, "alibi", False):
+        return f"{name} has alibi=True: {_ALIBI}."
+    if rope := _dynamic_rope(config):
+        return (
+            f"{name} has {rope} rotary positions, whose frequencies depend on the longest "
+            f"position of a pass."
+        )
+    if model_type not in BIDIRECTIONAL and not getattr(config, "is_causal", True):
+        return f"{name} has is_causal=False, whose masks are of another kind."
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{name} has use_bidirectional_attention=True, whose window is of another kind."
+    if getattr(config, "add_cross_attention", False):
+        return f"{name} has add_cross_attention=True: nothing is recorded of cross-attention."
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        return (
+            f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
+            f"call model.set_attn_implementation('sdpa')."
+        )
+    return None
+
+
+def _dynamic_rope(config: Any) -> str | None:
+    """Kind of rotary positions that depend on what else is in a pass."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_layer_types = [value for value in parameters.values() if isinstance(value, dict)]
+    for part in (parameters, *of_layer_types):
+        kind = part.get("rope_type")
+        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+            return kind
+    return None

@@ -1,0 +1,73 @@
+"""The inputs of a model that belong to positions, and the part of them that some positions have.
+
+Shapes: ``B`` sequences of ``S`` tokens; ``C`` slots in each; ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHAPES = {
+    "input_ids": "(B, S)",
+    "inputs_embeds": "(B, S, D)",
+    "attention_mask": "(B, S), or four dimensions (B or 1, H or 1, S, S)",
+    "position_ids": "(B, S) or (1, S)",
+    "token_type_ids": "(B, S) or (1, S)",
+}
+
+
+def split_inputs(
+    model_inputs: dict[str, Any], shape: torch.Size
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs that follow the positions, and settings."""
+    given = {name: value for name, value in model_inputs.items() if value is not None}
+    for name in ("past_key_values", "logits_to_keep", "adapter_names", "is_causal"):
+        if name in given:
+            raise ValueError(
+                f"{name} cannot be given with split='token'; split='sequence' takes it."
+            )
+    if not given.keys() & {"input_ids", "inputs_embeds"}:
+        raise ValueError("input_ids or inputs_embeds must be given, got neither.")
+    inputs = {name: given.pop(name) for name in _SHAPES if name in given}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(
+                f"split='token' cannot tell which part of {name} {tuple(value.shape)} belongs to a "
+                f"position: it takes {', '.join(_SHAPES)}; split='sequence' takes it."
+            )
+    batch, length = shape
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor with split='token', got {type(value).__name__}; "
+                f"split='sequence' takes it."
+            )
+        n_dims = 3 if name == "inputs_embeds" else 2
+        if name == "attention_mask" and value.dim() == 4:  # the model's own, already made
+            fits = value.shape[0] in (1, batch) and value.shape[2:] == (length, length)
+        elif name in ("position_ids", "token_type_ids"):
+            fits = value.shape in ((batch, length), (1, length))
+        else:
+            fits = value.dim() == n_dims and value.shape[:2] == shape
+        if not fits:
+            raise ValueError(
+                f"{name} must have shape {_SHAPES[name]} with split='token', where the labels make "
+                f"B = {batch} and S = {length}, got {tuple(value.shape)}."
+            )
+    return inputs, given
+
+
+def any_of(inputs: dict[str, Tensor]) -> Tensor:
+    """Input of shape ``(B, S, ...)``."""
+    return inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+
+
+def take(x: Tensor, index_BC: Tensor) -> Tensor:
+    """What the positions `index_BC` have of ``(B or 1, S, ...)``."""
+    x = x.expand(index_BC.shape[0], *x.shape[1:])
+    if x.dim() == 2:
+        return x.gather(1, index_BC)
+    return x.gather(1, index_BC[:, :, None].expand(-1, -1, x.shape[2]))
