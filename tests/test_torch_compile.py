@@ -217,6 +217,26 @@ def test_a_compiled_model_takes_other_lengths():
         torch.testing.assert_close(loss, module(ids, labels=ids), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("split", ["token", "sequence"])
+def test_all_passes_at_all_capacities_are_compiled(split):
+    model = models.build("llama", layers=2)
+    inner = torch.compile(model, dynamic=False, backend="eager")
+    options = {"capacity": "static", "min_tokens_ratio": 0.2, "warmup_steps": 8}
+    module = CGGRModel(inner, create_truncated_router(model, 1), split=split, **options)
+    found = set()
+    # Of one function, which is that of all models of transformers.
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in range(9):
+            ids = models.token_ids(8, 8)
+            module(ids, labels=ids)
+            found.add(module.scorer.level[1])
+            module.step()
+        module.eval()
+        for batch in (1, 2, 3):
+            module(models.token_ids(batch, 8))
+    assert len(found) == 4
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_numbers_of_eager(monkeypatch, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:

@@ -6,6 +6,7 @@ optimised twice.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from cggr.torch.twin import Relayered
 
@@ -45,6 +47,8 @@ LAYOUTS = {
     "mamba": Layout("backbone", "layers", "lm_head", ("mamba",)),
 }
 # fmt: on
+
+MAX_GRAPHS = 64  # of one function that is compiled
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -263,9 +267,23 @@ def cache_switch(model: nn.Module) -> dict[str, bool]:
 def call_model(model: nn.Module, model_inputs: dict[str, Any]) -> Any:
     """Call a model with the inputs that are given."""
     inputs = {name: value for name, value in model_inputs.items() if value is not None}
-    if "input_ids" in inputs:  # by position: a plain nn.Module may name it otherwise
-        return model(inputs.pop("input_ids"), **inputs)
-    return model(**inputs)
+    # By position: a plain nn.Module may name it otherwise.
+    first = (inputs.pop("input_ids"),) if "input_ids" in inputs else ()
+    with _room_for_graphs():
+        return model(*first, **inputs)
+
+
+def _room_for_graphs() -> contextlib.AbstractContextManager[None]:
+    """Lets what is compiled have as many graphs as there are passes, at as many capacities.
+
+    In transformers all models share one function, to which dynamo grants 8, evaluation included.
+    Whatever were left then would not be compiled.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    limit = max(MAX_GRAPHS, dynamo_config.recompile_limit)
+    room: contextlib.AbstractContextManager[None] = dynamo_config.patch(recompile_limit=limit)
+    return room
 
 
 def logits_of(output: Any) -> Tensor:
