@@ -41,7 +41,8 @@ test-gpu:
 		|| { echo "compute-sanitizer is not on PATH: memcheck and racecheck are skipped"; exit 0; }; \
 	for tool in memcheck racecheck; do \
 		echo "compute-sanitizer --tool $$tool"; \
-		$(SANITIZE) --tool $$tool $(PYTHON) -m pytest -q -m "not large" tests/test_kernels_cuda.py || exit 1; \
+		$(SANITIZE) --tool $$tool $(PYTHON) -m pytest -q -m "not large" \
+			tests/test_kernels_cuda.py tests/test_kernels_attention.py || exit 1; \
 	done
 
 lint: $(VENV)/test.stamp
