@@ -250,8 +250,9 @@ def test_outside_a_step_it_is_the_function_that_it_wraps(make):
     )
 
 
+@pytest.mark.parametrize(("ratio", "n_queries"), [(0.25, 4), (0.05, 2)])
 @pytest.mark.parametrize("name", ["rotary", "bias"])
-def test_cudnn_is_given_an_even_number_of_queries(name):
+def test_cudnn_is_given_an_even_number_of_queries(name, ratio, n_queries):
     numbers = []
 
     def even(query, key, value, *, mask=None, bias=None, implementation=None, **options):
@@ -267,9 +268,9 @@ def test_cudnn_is_given_an_even_number_of_queries(name):
         if attention_fn is even:
             for layer in row_attentions(model):
                 layer.attention_fn = functools.partial(even, implementation="cudnn")
-        routed = CGGRModel(model, split="token", **FIXED | {"min_tokens_ratio": 0.25})
+        routed = CGGRModel(model, split="token", **FIXED | {"min_tokens_ratio": ratio})
         found.append(loss_and_gradient(routed, ids, labels))
-    assert set(numbers) == {4}
+    assert set(numbers) == {n_queries}
     np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
     assert_near(found[1][1], nnx.to_pure_dict(found[0][1]))
 

@@ -78,7 +78,8 @@ def test_memory_of_any_order():
     leaves = [
         x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in leaves
     ]
-    got = gradients(attention.fused, leaves, rows, grad.expand(2, 2, 12, 16))
+    keys = torch.ones(30, 2, dtype=torch.int32, device=DEVICE).T
+    got = gradients(attention.fused, leaves, rows, grad.expand(2, 2, 12, 16), keys_BS=keys)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

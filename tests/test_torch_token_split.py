@@ -913,8 +913,15 @@ def test_an_attention_changed_later_is_refused_at_the_step():
                 "takes it."
             ),
         ),
+        (
+            {"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.int32)},
+            (
+                "attention_mask of four dimensions must be bool, or floating where it is added to "
+                "the scores, got torch.int32."
+            ),
+        ),
     ],
-    ids=["mask", "positions", "else", "dict"],
+    ids=["mask", "positions", "else", "dict", "integers"],
 )
 def test_inputs_that_do_not_fit(inputs, message):
     wrapped = CGGRModel(build("llama"), **OFF)
@@ -1198,6 +1205,13 @@ def test_selected_attention_by_kernels(name, selections, kernel_calls):
         ("gemma2", "packed", "static", 2),
         ("gemma2", "left padding", "exact", 2),
         ("gemma2", "gaps", "exact", 2),
+        *(
+            (name, "own, " + kind, capacity, 0)
+            for name in ("llama", "gemma2")
+            for kind in ("bool", "added")
+            for capacity in ("exact", "static")
+            if (name, kind) != ("gemma2", "bool")  # which adds it
+        ),
     ],
 )
 def test_what_the_kernels_can_see(name, inputs, capacity, passes, kernel_calls, monkeypatch):
@@ -1210,6 +1224,11 @@ def test_what_the_kernels_can_see(name, inputs, capacity, passes, kernel_calls, 
         mask[0, :5] = mask[1, :1] = 0
     elif inputs == "right padding":
         mask[0, 7:] = mask[1, 10:] = 0
+    elif inputs.startswith("own"):
+        place = torch.arange(12, device=DEVICE)
+        seen = (place[:, None] >= place) & (place[:, None] % 4 >= place % 4)  # no interval
+        added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        given = {"attention_mask": (seen if inputs == "own, bool" else added)[None, None]}
     else:
         mask[0, 3:5] = 0
     options = {"selection": "topk", "min_tokens_ratio": 0.4, "capacity": capacity}
@@ -1310,7 +1329,7 @@ def test_dropout_of_attention_masks_as_before(kernel_calls):
     assert expanded.int().tolist() == [[[[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0]]]]
     keys = torch.tensor([[True, False, True, True, True, False, True]])
     expanded = row_attention._expanded(row_attention.as_mask(*rows, keys), 2, 7)
-    assert expanded.int().tolist() == [[[[1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0]]]]
+    assert expanded.int().tolist() == [[[[1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0]]]]
 
 
 def test_another_forward_in_the_middle_of_a_pass_is_its_own():

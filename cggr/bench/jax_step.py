@@ -54,9 +54,8 @@ def make_decoder(case: StepCase, seed: int, attention: str | None = "cudnn") -> 
         return decoder
 
     decoder = make()
-    decoder.embed_tokens.dtype = (
-        case.dtype
-    )  # of what it gives, which it took from its first weights
+    # What it gives, which it took from the weights that it was made with.
+    decoder.embed_tokens.dtype = case.dtype
     attend = functools.partial(jax.nn.dot_product_attention, implementation=attention)
     for layer in decoder.layers:
         layer.self_attn.attend = RowAttention(attend)

@@ -246,8 +246,9 @@ class RowAttention(nnx.Module):
         # Where cuDNN is asked for: it differentiates no odd number of queries under a mask.
         if options.get("implementation") == "cudnn" and n_rows % 2:
             query = _with_last_again(query, 1)
-            mask = None if mask is None else _with_last_again(mask, 2)
-            if "bias" in options:
+            if mask is not None and mask.shape[2] > 1:  # one row is that of all
+                mask = _with_last_again(mask, 2)
+            if "bias" in options and options["bias"].shape[2] > 1:
                 options["bias"] = _with_last_again(options["bias"], 2)
         return self.attention_fn(query, key, value, mask=mask, **options)[:, :n_rows]
 
@@ -266,9 +267,6 @@ def _by_kernels(
 
 
 def _with_last_again(x: Array, axis: int) -> Array:
-    """One row more; as it is where its one row is that of all."""
-    if x.shape[axis] == 1:
-        return x
     return jnp.concatenate([x, jax.lax.slice_in_dim(x, -1, None, axis=axis)], axis=axis)
 
 

@@ -140,11 +140,10 @@ def _forward(scale: float, *arrays: Array) -> tuple[Array, Any]:
     out, lse = call_kernel(
         kernels.selected_attention_kernel,
         _launches(scale, query, key).forward,
-        (query, key, value, low, high, low),  # no keys are masked
+        (query, key, value, low, high, low),
         _like(query),
         jax.ShapeDtypeStruct((batch, n_heads, n_rows), jnp.float32),
-        C=n_rows,
-        S=key.shape[1],
+        **_sizes(query, key),
         **_strides(q=query, k=key, v=value, o=query),
     )
     return out, (query, key, value, low, high, index, out, lse)
@@ -154,7 +153,7 @@ def _backward(scale: float, saved: Any, grad: Array) -> tuple[Array | None, ...]
     query, key, value, low, high, index, out, lse = saved
     kernels = import_kernels("cggr.kernels.selected_attention")
     launches = _launches(scale, query, key)
-    sizes = {"C": query.shape[1], "S": key.shape[1]}
+    sizes = _sizes(query, key)
     d_query, delta = call_kernel(
         kernels.query_gradient_kernel,
         launches.query_gradient,
@@ -189,13 +188,18 @@ def _launches(scale: float, query: Array, key: Array) -> Any:
     )
 
 
+def _sizes(query: Array, key: Array) -> dict[str, int]:
+    # No keys are masked: where their mask would lie is not read.
+    return {"C": query.shape[1], "S": key.shape[1], "stride_keys": 0}
+
+
 def _like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _strides(**arrays: Array) -> dict[str, int]:
     """Of sequences, heads and rows of contiguous ``(B, C, H, W)``, as the kernels call them."""
-    found = {"stride_keys": 0}
+    found = {}
     for name, x in arrays.items():
         _, n_rows, n_heads, width = x.shape
         found[f"stride_{name}b"] = n_rows * n_heads * width

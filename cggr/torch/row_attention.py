@@ -2,13 +2,14 @@
 
 transformers repeats the keys and values of grouped heads wherever there is a mask, and the backward
 pass keeps the copies of every layer. Here the heads of a group are further queries of the head that
-they share, or, where each query sees an interval of the keys, nothing is masked at all. A soft-cap
-of the scores, which sdpa has not, the kernels have.
+they share, or, where each query sees an interval of the keys, less padding, kernels attend without
+a mask of every pair. A soft-cap of the scores, which sdpa has not, they have.
 
 Imported only where a model of transformers is trained.
 
 Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are run; ``H`` query heads, of which ``G``
-share each of the ``K`` heads of keys and values; ``W`` size of a head.
+share each of the ``K`` heads of keys and values; ``W`` size of a head; ``X`` entries of
+:func:`as_mask`.
 """
 
 from __future__ import annotations
@@ -91,15 +92,16 @@ def for_groups(masks: Any, group: int) -> Any:
 def as_mask(
     low_BC: Tensor, high_BC: Tensor, index_BC: Tensor, keys_BS: Tensor | None = None
 ) -> Tensor:
-    """What these functions take in place of a mask: int32, and of four dimensions.
+    """What these functions take in place of a mask: int32 ``(B, 1, 1, X)``, X = 3 C or 3 C + S.
 
-    Such masks transformers hands on as they are.
+    It says which interval of the keys each query sees, less those that none sees. Masks of four
+    dimensions transformers hands on as they are.
 
     Args:
         low_BC: The first key that a query sees.
         high_BC: The first key behind those that it sees.
         index_BC: The positions of the queries.
-        keys_BS: False for keys that no query sees; none is if None.
+        keys_BS: False for keys that no query sees; None if there are none.
     """
     rows = (low_BC, high_BC, index_BC) if keys_BS is None else (low_BC, high_BC, index_BC, keys_BS)
     return torch.cat(rows, dim=1).to(torch.int32)[:, None, None]
@@ -122,8 +124,11 @@ def _parts(mask_B11X: Tensor, n_rows: int) -> _Seen:
 
 
 def _expanded(mask_B11X: Tensor, n_rows: int, length: int) -> Tensor:
-    low_BC, high_BC, _, keys_BS = _parts(mask_B11X, n_rows)
-    return selected_attention.visible(low_BC, high_BC, keys_BS, length)[:, None]
+    low_BC, high_BC, index_BC, keys_BS = _parts(mask_B11X, n_rows)
+    sees_BCS = selected_attention.visible(low_BC, high_BC, keys_BS, length)
+    # Padding attends to itself: a row without any key would be NaN.
+    own_BCS = torch.arange(length, device=index_BC.device) == index_BC[..., None]
+    return (sees_BCS | own_BCS)[:, None]
 
 
 def row_attention(
@@ -152,7 +157,7 @@ def row_attention(
     Returns:
         ``(B, C, H, W)``, and no attention weights.
     """
-    if _is_interval(attention_mask):
+    if _is_ours(attention_mask):
         if dropout == 0.0:
             scale = _scale(query_BHCW, scaling)
             return _by_kernels(query_BHCW, key_BKSW, value_BKSW, attention_mask, scale), None
@@ -200,7 +205,7 @@ def capped_row_attention(
     The arguments are those of :func:`row_attention`.
     """
     scale = _scale(query_BHCW, scaling)
-    if _is_interval(attention_mask):
+    if _is_ours(attention_mask):
         if dropout == 0.0:
             given = query_BHCW, key_BKSW, value_BKSW, attention_mask, scale, softcap
             return _by_kernels(*given), None
@@ -216,7 +221,7 @@ def _scale(query_BHCW: Tensor, scaling: float | None) -> float:
     return query_BHCW.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def _is_interval(mask: Tensor | None) -> TypeGuard[Tensor]:
+def _is_ours(mask: Tensor | None) -> TypeGuard[Tensor]:
     return mask is not None and mask.dtype == torch.int32
 
 

@@ -57,6 +57,16 @@ def split_inputs(
                 f"{name} must have shape {_SHAPES[name]} with split='token', where the labels make "
                 f"B = {batch} and S = {length}, got {tuple(value.shape)}."
             )
+    mask = inputs.get("attention_mask")
+    if (
+        mask is not None
+        and mask.dim() == 4
+        and not (mask.dtype == torch.bool or mask.is_floating_point())
+    ):
+        raise ValueError(
+            f"attention_mask of four dimensions must be bool, or floating where it is added to the "
+            f"scores, got {mask.dtype}."
+        )
     return inputs, given
 
 

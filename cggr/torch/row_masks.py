@@ -33,7 +33,8 @@ class Visible(NamedTuple):
         segment_BS: Number of the packed sequence that a token belongs to; None if there is one.
         own_BHSS: The caller's mask, which says it all; None if there is none.
         dtype: Precision of queries and keys.
-        by_kernels: Whether attention that needs a mask is by our kernels, which take none.
+        by_kernels: Whether attention that needs a mask is by our kernels.
+        has_gaps: Whether there may be padding between tokens, and not at the ends alone.
     """
 
     length: int
@@ -42,6 +43,7 @@ class Visible(NamedTuple):
     own_BHSS: Tensor | None
     dtype: torch.dtype
     by_kernels: bool
+    has_gaps: bool
 
 
 class RowMasks:
@@ -70,7 +72,8 @@ class RowMasks:
         Args:
             inputs: Of the model, those that a sequence or a position has.
             shape: ``(B, S)``.
-            synchronise: Whether the host may ask the device if there are packed sequences.
+            synchronise: Whether the host may ask the device if there are packed sequences, or gaps
+                between tokens.
         """
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         key_BS = own_BHSS = segment_BS = None
@@ -81,16 +84,16 @@ class RowMasks:
             if synchronise and not segment_BS[:, -1].any():
                 segment_BS = None
         dtype = self._dtype(inputs)
-        of_kind = own_BHSS is None and (segment_BS is None or self._causal)
-        by_kernels = of_kind and self._has_kernels(any_of(inputs), dtype)
-        return Visible(shape[1], key_BS, segment_BS, own_BHSS, dtype, by_kernels)
+        by_kernels = own_BHSS is None and self._has_kernels(any_of(inputs), dtype)
+        has_gaps = key_BS is not None and not (by_kernels and synchronise and _without_gaps(key_BS))
+        return Visible(shape[1], key_BS, segment_BS, own_BHSS, dtype, by_kernels, has_gaps)
 
     def of_all(
         self, inputs: dict[str, Tensor], visible: Visible, *, synchronise: bool
     ) -> dict[str, Tensor]:
         """Inputs of a pass over everything, with a mask that the model need not look into.
 
-        With a mask our kernels are faster than sdpa, which is the fastest without.
+        Where none is needed, sdpa is faster than our kernels.
         """
         key_BS, segment_BS, like = visible.key_BS, visible.segment_BS, any_of(inputs)
         needs_none = segment_BS is None and (
@@ -172,9 +175,8 @@ class RowMasks:
         from cggr.torch.row_attention import as_mask
 
         make = functools.partial(_interval, index_BC, visible, causal=self._causal)
-        return self._for_layers(
-            lambda window: as_mask(*make(window=window), index_BC, visible.key_BS)
-        )
+        keys_BS = visible.key_BS if visible.has_gaps else None
+        return self._for_layers(lambda window: as_mask(*make(window=window), index_BC, keys_BS))
 
     def _masks(self, index_BC: Tensor, visible: Visible) -> Any:
         """Masks ``(B, 1, C, S)`` of these positions, to be added to the scores, for every layer."""
@@ -217,6 +219,11 @@ def _mask(index_BC: Tensor, visible: Visible, *, causal: bool, window: int | Non
         seen_BCS = (seen_BCS & key_BS[:, None]) | (key_S == query_BC1)
     hidden_BCS = torch.zeros(seen_BCS.shape, dtype=visible.dtype, device=index_BC.device)
     return hidden_BCS.masked_fill_(~seen_BCS, torch.finfo(visible.dtype).min)[:, None]
+
+
+def _without_gaps(key_BS: Tensor) -> bool:
+    begins_BS = key_BS & ~nn.functional.pad(key_BS[:, :-1], (1, 0))
+    return bool((begins_BS.sum(dim=1) <= 1).all())
 
 
 def _segments(positions_BS: Tensor) -> Tensor:

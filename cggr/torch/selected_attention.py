@@ -64,7 +64,7 @@ def fused(
             have gradients there, and zeros elsewhere.
         scale: Of the scores.
         softcap: Scores are ``softcap tanh(scale q k^T / softcap)``; without if None.
-        keys_BS: int32, 0 for keys that no query sees; none is if None.
+        keys_BS: int32, 0 for keys that no query sees; None if there are none.
 
     Returns:
         ``(B, H, C, W)``, zeros where a query sees no key.
