@@ -622,14 +622,12 @@ def test_growth_is_measured_and_drawn(tmp_path):
     assert drawn[0] != drawn[1]
 
 
-def test_batches_of_eager_steps():
+def test_batches_are_those_of_every_eager_step():
     case = StepCase(24, 96, 32, "float32", "tiny", 2, 2, 4, 2, 48)
-    # Not float8, whose products a CPU has from PyTorch 2.13 on.
-    only = ("dense", "sequence, ratio 0.25", "token, 2 layers score, ratio 0.1", "token, ratio 0.1")
-    graph = "token, ratio 0.1, graph"  # not one of these
-    rows = measured_on_cpu("batch", case, (*only, "dense, Liger", graph))
+    rows = measured_on_cpu("batch", case)
     measured = {name: row["batch"] for name, row in rows.items() if "error" not in row}
-    assert measured == dict.fromkeys(only, 5)
+    assert {"dense", "sequence, ratio 0.25", "token, 2 layers score, ratio 0.1"} <= set(measured)
+    assert set(measured.values()) == {5}
     assert rows["token, ratio 0.1"]["to_dense"] == 1.0
     assert rows["dense, Liger"]["error"].startswith("ModuleNotFoundError: ")
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES as STEP_CASES
 from cggr.bench.step import DENSE, StepCase, contestant_of, make_ids, make_model, ways
 from cggr.bench.timing import Contestant, Progress, measure, rows_of
-from cggr.torch.router import MAX_GRAPHS
+from cggr.torch.router import room_for_graphs
 
 TIMES_BATCH = 4
 MODES = ("", ", graph", ", compiled graph")
@@ -38,7 +36,7 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
             group.append(contestant_of(way, model, larger, title))
         references |= {one.name: dense.name for one in group}
         contestants += group
-    with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+    with room_for_graphs():
         rows = rows_of(measure(contestants, settings, progress))
     found = {row["contestant"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:

@@ -24,7 +24,7 @@ from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.statistics import load_050
 from cggr.bench.timing import Call, Contestant, Progress, captured, measure, rows_of
 from cggr.torch import CGGRModel, create_truncated_router
-from cggr.torch.router import MAX_GRAPHS
+from cggr.torch.router import room_for_graphs
 from cggr.torch.twin import Twin
 
 RATIOS = (0.25, 0.10, 0.50)
@@ -212,6 +212,11 @@ class Way(NamedTuple):
     mode: str = "eager"
     forwards: Callable[[float], float] = lambda scoring: 3.0
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether the others go on without it; not every device has float8."""
+        return not self.name.startswith("token") or "float8" in self.name
+
 
 def ways(settings: BenchSettings) -> tuple[Way, ...]:
     """All that are compared, the dense step first."""
@@ -285,9 +290,7 @@ def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) ->
         peak, loss = peak_memory(step)
         return {"peak_bytes": weights + peak, "loss": float(loss)}
 
-    # Not every GPU has float8.
-    may_fail = not way.name.startswith("token") or "float8" in way.name
-    return Contestant(way.name if name is None else name, prepare, observe, may_fail)
+    return Contestant(way.name if name is None else name, prepare, observe, way.may_fail)
 
 
 def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
@@ -306,7 +309,7 @@ def run_ways(
     torch._dynamo.reset()
     contestants = [contestant_of(way, model, ids) for way in found]
     # All models of transformers share one function; the ninth way would not be compiled.
-    with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+    with room_for_graphs():
         rows = rows_of(measure(contestants, settings, progress))
     model.zero_grad(set_to_none=True)
     forwards = {way.name: way.forwards(ROUTER_LAYERS / case.layers) for way in found}

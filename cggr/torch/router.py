@@ -48,7 +48,7 @@ LAYOUTS = {
 }
 # fmt: on
 
-MAX_GRAPHS = 64  # of one function that is compiled
+_MAX_GRAPHS = 64  # of one function that is compiled
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -269,11 +269,11 @@ def call_model(model: nn.Module, model_inputs: dict[str, Any]) -> Any:
     inputs = {name: value for name, value in model_inputs.items() if value is not None}
     # By position: a plain nn.Module may name it otherwise.
     first = (inputs.pop("input_ids"),) if "input_ids" in inputs else ()
-    with _room_for_graphs():
+    with room_for_graphs():
         return model(*first, **inputs)
 
 
-def _room_for_graphs() -> contextlib.AbstractContextManager[None]:
+def room_for_graphs() -> contextlib.AbstractContextManager[None]:
     """Lets what is compiled have as many graphs as there are passes, at as many capacities.
 
     In transformers all models share one function, to which dynamo grants 8, evaluation included.
@@ -281,7 +281,7 @@ def _room_for_graphs() -> contextlib.AbstractContextManager[None]:
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    limit = max(MAX_GRAPHS, dynamo_config.recompile_limit)
+    limit = max(_MAX_GRAPHS, dynamo_config.recompile_limit)
     room: contextlib.AbstractContextManager[None] = dynamo_config.patch(recompile_limit=limit)
     return room
 
