@@ -12,7 +12,15 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES as STEP_CASES
-from cggr.bench.step import DENSE, StepCase, contestant_of, make_ids, make_model, ways
+from cggr.bench.step import (
+    DENSE,
+    StepCase,
+    contestant_of,
+    graph_pool,
+    make_ids,
+    make_model,
+    ways,
+)
 from cggr.bench.timing import Contestant, Progress, measure, rows_of
 from cggr.torch.router import room_for_graphs
 
@@ -26,14 +34,15 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     by_name = {way.name: way for way in ways(settings)}
     model = make_model(case, settings.seed)
     larger = make_ids(case.of_batch(TIMES_BATCH * case.batch), settings.seed, model.device)
+    pool = graph_pool()
     contestants: list[Contestant] = []
     references: dict[str, str] = {}
     for mode in MODES:
         dense = by_name[DENSE + mode]
-        group = [contestant_of(dense, model, larger[: case.batch])]
+        group = [contestant_of(dense, model, larger[: case.batch], pool)]
         for way in (dense, *(by_name[name + mode] for name in ROUTED)):
             title = f"{way.name}, {TIMES_BATCH} times the batch"
-            group.append(contestant_of(way, model, larger, title))
+            group.append(contestant_of(way, model, larger, pool, title))
         references |= {one.name: dense.name for one in group}
         contestants += group
     with room_for_graphs():

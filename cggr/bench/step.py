@@ -267,7 +267,14 @@ def make_ids(case: StepCase, seed: int, device: torch.device) -> Tensor:
     return ids.to(device)
 
 
-def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) -> Contestant:
+def graph_pool() -> Callable[[], Any]:
+    """Memory for all graphs of a model, taken at the first: each alone needs gigabytes."""
+    return functools.cache(torch.cuda.graph_pool_handle)
+
+
+def contestant_of(
+    way: Way, model: Any, ids: Tensor, pool: Callable[[], Any], name: str | None = None
+) -> Contestant:
     """One way to train this model on these inputs; `name` is the way's if None."""
     graph = way.mode.endswith("graph")
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -281,7 +288,7 @@ def contestant_of(way: Way, model: Any, ids: Tensor, name: str | None = None) ->
             loss.backward()
             return loss.detach()
 
-        return captured(step) if graph else step
+        return captured(step, pool()) if graph else step
 
     def observe(step: Call) -> dict[str, Any]:
         if graph:  # its memory is its own, and not to be told from outside
@@ -307,7 +314,8 @@ def run_ways(
     model = make_model(case, settings.seed)
     ids = make_ids(case, settings.seed, model.device)
     torch._dynamo.reset()
-    contestants = [contestant_of(way, model, ids) for way in found]
+    pool = graph_pool()
+    contestants = [contestant_of(way, model, ids, pool) for way in found]
     # All models of transformers share one function; the ninth way would not be compiled.
     with room_for_graphs():
         rows = rows_of(measure(contestants, settings, progress))

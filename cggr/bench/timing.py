@@ -54,8 +54,13 @@ def cuda_clock(call: Call, calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-def captured(call: Call) -> Call:
-    """The same as one CUDA graph: no host delays it, and what it returns stays where it is."""
+def captured(call: Call, pool: Any = None) -> Call:
+    """The same as one CUDA graph: no host delays it, and what it returns stays where it is.
+
+    Args:
+        call: What is captured.
+        pool: Memory shared with other graphs, of which each overwrites what another returned.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # allocates and compiles what a capture must not
@@ -63,7 +68,7 @@ def captured(call: Call) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = call()
 
     return functools.partial(_replay, graph, result, call)
