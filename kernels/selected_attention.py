@@ -298,7 +298,10 @@ def query_gradient_kernel(
     q_MP = _rows(q_ptr + b * stride_qb + h * stride_qh, row_M, stride_q, valid_M, True, W, P)
     g_MP = _rows(g_ptr + b * stride_gb + h * stride_gh, row_M, stride_g, valid_M, True, W, P)
     o_MP = _rows(out_ptr + b * stride_ob + h * stride_oh, row_M, stride_o, valid_M, True, W, P)
-    delta_M = tl.sum(o_MP.to(tl.float32) * g_MP.to(tl.float32), 1)
+    # As a fused operation, so that a compiler does not fuse the product with the sum: threads that
+    # hold the same row would differ in its last digit, and it would be chance whose is written.
+    zero_MP = tl.zeros((M, P), tl.float32)
+    delta_M = tl.sum(tl.fma(o_MP.to(tl.float32), g_MP.to(tl.float32), zero_MP), 1)
     rows = head.to(tl.int64) * C
     tl.store(delta_ptr + rows + row_M, delta_M, mask=valid_M)
     lse_M = tl.load(lse_ptr + rows + row_M, mask=valid_M, other=0.0)

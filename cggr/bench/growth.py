@@ -1,7 +1,6 @@
 """How time and memory of a step grow with the length, the batch and the vocabulary.
 
-Llamas of SmolLM-135M's shape, forward and backward. Times are of one CUDA graph, which no host
-delays; memory is of the same step in eager mode.
+Llamas of SmolLM-135M's shape, forward and backward, in one CUDA graph, which no host delays.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES as STEP_CASES
-from cggr.bench.step import StepCase, run_ways, ways
+from cggr.bench.step import UNMASKED, StepCase, run_ways, ways
 from cggr.bench.timing import Progress
 
-NAMES = ("dense", "dense, Liger", "token, ratio 0.25", "token, ratio 0.1")
-LINES = {"dense": "tab:gray", "token, ratio 0.25": "tab:blue", "token, ratio 0.1": "tab:green"}
+LINES = {
+    f"{UNMASKED}, graph": "tab:gray",
+    "token, ratio 0.25, graph": "tab:blue",
+    "token, ratio 0.1, graph": "tab:green",
+}
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32)
 VOCABULARIES = (32000, 49152, 128256, 256000)
@@ -37,12 +39,12 @@ def cases() -> tuple[StepCase, ...]:
 
 def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dict[str, Any]]:
     """Measures one case."""
-    chosen = [way for way in ways(settings) if way.name.removesuffix(", graph") in NAMES]
+    chosen = [way for way in ways(settings) if way.name in LINES]
     rows = run_ways(case, settings, progress, chosen)
-    graph = next((row["ms"] for row in rows if row["contestant"] == "dense, graph"), None)
+    dense = rows[0].get("ms")
     for row in rows:
-        if graph is not None and row["contestant"].endswith("graph"):
-            row["to_dense"] = row["ms"] / graph
+        if dense is not None and "ms" in row:
+            row["to_dense"] = row["ms"] / dense
     return rows
 
 
@@ -74,17 +76,16 @@ def draw(entries: Iterable[dict[str, Any]], path: Path) -> None:
             shapes = [shape for shape in shapes if shape["n_classes"] == base.n_classes]
         shapes = sorted(filter(belongs, shapes), key=lambda shape: shape[key])
         for name, color in LINES.items():
-            for row, (field, contestant, unit) in enumerate(
-                (("ms", f"{name}, graph", 1.0), ("peak_bytes", name, 2**30))
-            ):
+            label = name.removesuffix(", graph")
+            for row, (field, unit) in enumerate((("ms", 1.0), ("peak_bytes", 2**30))):
                 points = [
                     (shape[key], measured[field] / unit)
                     for shape in shapes
                     for measured in shape["rows"]
-                    if measured["contestant"] == contestant and measured.get(field) is not None
+                    if measured["contestant"] == name and measured.get(field) is not None
                 ]
                 axes[row][column].plot(*zip(*points, strict=True) if points else ((), ()),
-                                       marker="o", color=color, label=name)  # fmt: skip
+                                       marker="o", color=color, label=label)  # fmt: skip
         axes[0][column].set_title(title)
         for row, label in enumerate(("ms a step", "GiB")):
             axes[row][column].set(xscale="log", yscale="log", ylabel=label if column == 0 else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ def run_benchmark(
     found: list[dict[str, Any]] = []
     for number, case in enumerate(cases, start=1):
         title = f"{name} {number} of {len(cases)}: {case.title}"
+        gc.collect()  # models and their graphs, which refer to each other
         torch.cuda.empty_cache()  # what PyTorch keeps from earlier cases, JAX would miss
         rows = _measure(benchmark, case, settings, title, console)
         report.print_case(console, title, rows, benchmark.columns)

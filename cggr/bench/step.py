@@ -31,6 +31,7 @@ RATIOS = (0.25, 0.10, 0.50)
 ROUTER_LAYERS = 2  # as in cggr 0.5.0
 MODES = ("eager", "compiled", "graph", "compiled graph")
 DENSE, LIGER = "dense", "dense, Liger"
+UNMASKED = "dense, no mask"
 FASTEST = "dense, Liger, compiled, no mask"
 
 Step = Callable[[], Tensor]
@@ -115,9 +116,12 @@ def make_model(case: StepCase, seed: int, device: str = "cuda") -> Any:
     return model.to(getattr(torch, case.dtype)).train()
 
 
-def _plain(compiled: bool, model: Any, ids: Tensor) -> Step:
-    run = torch.compile(model, dynamic=False) if compiled else model
-    return lambda: run(ids, labels=ids).loss
+def _plain(compiled: bool, model: Any, ids: Tensor, *, masked: bool = True) -> Step:
+    """The step of transformers' own loss."""
+    run, others = (model, dict) if masked else _without_mask(model)
+    if compiled:
+        run = torch.compile(run, dynamic=False)
+    return lambda: run(ids, labels=ids, **others()).loss
 
 
 def _liger(compiled: bool, model: Any, ids: Tensor, *, masked: bool = True) -> Step:
@@ -141,25 +145,25 @@ def _cut_cross_entropy(model: Any, ids: Tensor) -> Step:
 def _headed(
     loss: Callable[..., Tensor], compiled: bool, model: Any, ids: Tensor, *, masked: bool = True
 ) -> Step:
-    """The step of a loss of hidden states, the head's weight and targets.
-
-    `masked` as transformers has it, which gives compiled attention a mask where being causal would
-    do, and be faster; else as in our first pass.
-    """
-    base = model.model
-    others: Callable[[], dict[str, Any]] = dict
-    if not masked:
-        from cggr.torch.row_attention import take_over
-        from cggr.torch.row_cache import RowCache
-
-        twin = Twin(base)
-        take_over(twin.configs)
-        base = twin.root
-        # With a cache, the model does not look for packed sequences, of which a mask would tell.
-        others = lambda: {"past_key_values": RowCache(records=False)}  # noqa: E731
+    """The step of a loss of hidden states, the head's weight and targets."""
+    base, others = (model.model, dict) if masked else _without_mask(model.model)
     if compiled:
         base = torch.compile(base, dynamic=False)
     return lambda: loss(base(ids, **others())[0][:, :-1], model.lm_head.weight, ids[:, 1:])
+
+
+def _without_mask(model: Any) -> tuple[Any, Callable[[], dict[str, Any]]]:
+    """The model, and what else to call it with, for attention as fast as in our first pass.
+
+    In compiled and captured steps transformers gives attention a mask where being causal would do.
+    """
+    from cggr.torch.row_attention import take_over
+    from cggr.torch.row_cache import RowCache
+
+    twin = Twin(model)
+    take_over(twin.configs)
+    # With a cache, the model does not look for packed sequences, of which a mask would tell.
+    return twin.root, lambda: {"past_key_values": RowCache(records=False)}
 
 
 def _cggr(
@@ -229,6 +233,10 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         # Neither of the losses above can be captured: they ask the device.
         Way("dense, compiled graph", functools.partial(_plain, True), "compiled graph"),
+        *(
+            Way(f"{UNMASKED}, {mode}", functools.partial(_plain, compiled, masked=False), mode)
+            for compiled, mode in ((False, "graph"), (True, "compiled graph"))
+        ),
         Way(
             "cggr 0.5.0, ratio 0.25",
             functools.partial(_cggr_050, settings.cggr_050),
@@ -278,6 +286,7 @@ def contestant_of(
     """One way to train this model on these inputs; `name` is the way's if None."""
     graph = way.mode.endswith("graph")
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    observed: dict[str, Any] = {}
 
     def prepare() -> Call:
         loss_of = way.make(model, ids)
@@ -288,14 +297,14 @@ def contestant_of(
             loss.backward()
             return loss.detach()
 
+        step()  # compiles
+        model.zero_grad(set_to_none=True)
+        peak, loss = peak_memory(step)  # a graph's memory is its own, and not to be told apart
+        observed.update(peak_bytes=weights + peak, loss=float(loss))
         return captured(step, pool()) if graph else step
 
     def observe(step: Call) -> dict[str, Any]:
-        if graph:  # its memory is its own, and not to be told from outside
-            return {"loss": float(step())}
-        model.zero_grad(set_to_none=True)
-        peak, loss = peak_memory(step)
-        return {"peak_bytes": weights + peak, "loss": float(loss)}
+        return observed | ({"loss": float(step())} if graph else {})
 
     return Contestant(way.name if name is None else name, prepare, observe, way.may_fail)
 
