@@ -114,3 +114,19 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Every selection that a CGGRModel of PyTorch makes."""
+    import cggr.torch.model
+
+    made = []
+    select = cggr.torch.model.select_at_ratio
+
+    def spy(*args, **kwargs):
+        made.append(select(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(cggr.torch.model, "select_at_ratio", spy)
+    return made

@@ -7,6 +7,7 @@ import re
 import models
 import pytest
 import torch
+from token_steps import enable_checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr.torch import CapturedStep, CGGRModel, captured
@@ -95,6 +96,20 @@ def assert_same_metrics(actual, expected):
     for name, value in expected.items():
         wanted = value if isinstance(value, str) else pytest.approx(value, rel=1e-5)
         assert actual[name] == wanted, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    plain, replayed = build(), build()
+    enable_checkpointing(replayed.model, reentrant)
+    step, batch = CapturedStep(replayed), batch_of(0)
+    for _ in range(2):
+        loss = plain(**batch)
+        loss.backward()
+        assert_same([step(**batch)], [loss.detach()])
+        assert_same(gradients(replayed), gradients(plain))
+        for module in (plain, replayed):
+            module.zero_grad()
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

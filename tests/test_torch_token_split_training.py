@@ -10,7 +10,7 @@ import gc
 import models
 import pytest
 import torch
-from test_torch_token_split import enable_checkpointing, lora, of_peft
+from token_steps import enable_checkpointing, lora, of_peft
 
 from cggr.torch import CGGRModel
 
