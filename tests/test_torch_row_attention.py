@@ -1,5 +1,7 @@
 """Attention of the token split: the kernels, masks, and whom it is left to."""
 
+import functools
+
 import models
 import pytest
 import torch
@@ -60,6 +62,10 @@ def test_heads_that_share_their_values():
     wrapped(ids, labels=ids).backward()
 
 
+LAYERS = 2  # of either kind one: the interpreter takes its time
+shallow = functools.partial(build, layers=LAYERS)
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Calls of the attention kernels, which are asked for."""
@@ -81,12 +87,12 @@ INTERFACED.append("gemma2")
 
 def calls_of(name):
     """In a step: those of the second pass; with a soft-cap of the first too."""
-    return models.LAYERS * (2 if name == "gemma2" else 1)
+    return LAYERS * (2 if name == "gemma2" else 1)
 
 
 @pytest.mark.parametrize("name", INTERFACED)
 def test_selected_attention_by_kernels(name, selections, kernel_calls):
-    model = build(name).to(DEVICE)
+    model = shallow(name).to(DEVICE)
     wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
     ids = models.token_ids(3, 12).to(DEVICE)
     check_step(wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids)
@@ -135,9 +141,9 @@ def test_what_the_kernels_can_see(name, inputs, capacity, passes, kernel_calls, 
         mask[0, 3:5] = 0
     options = {"selection": "topk", "min_tokens_ratio": 0.4, "capacity": capacity}
     check_kernels(
-        build(name).to(DEVICE), ids, models.labels_for(name, ids), monkeypatch, given, **options
+        shallow(name).to(DEVICE), ids, models.labels_for(name, ids), monkeypatch, given, **options
     )
-    assert len(kernel_calls) == passes * models.LAYERS
+    assert len(kernel_calls) == passes * LAYERS
 
 
 def check_kernels(model, ids, labels, monkeypatch, given, **options):
@@ -155,7 +161,7 @@ def check_kernels(model, ids, labels, monkeypatch, given, **options):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt2", "bert"])
 def test_kernels_under_autocast(name, kernel_calls):
-    model = build(name).to(DEVICE)
+    model = shallow(name).to(DEVICE)
     ids = models.token_ids(3, 12).to(DEVICE)
     wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
     # Not bfloat16, which the interpreter cannot multiply.
@@ -168,25 +174,25 @@ def test_kernels_under_autocast(name, kernel_calls):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_kernels_under_checkpointing(reentrant, kernel_calls, monkeypatch):
-    model = build("llama").to(DEVICE)
+    model = shallow("llama").to(DEVICE)
     enable_checkpointing(model, reentrant)
     ids = models.token_ids(3, 12).to(DEVICE)
     check_kernels(model, ids, ids, monkeypatch, {}, selection="importance", min_tokens_ratio=0.3)
-    assert len(kernel_calls) == 2 * models.LAYERS  # forward, and again
+    assert len(kernel_calls) == 2 * LAYERS  # forward, and again
 
 
 def test_a_dense_step_with_a_soft_cap_is_by_kernels(kernel_calls, monkeypatch):
     ids = models.token_ids(3, 12).to(DEVICE)
-    model = build("gemma2").to(DEVICE)
+    model = shallow("gemma2").to(DEVICE)
     check_kernels(model, ids, ids, monkeypatch, {}, min_tokens_ratio=1.0)
-    assert len(kernel_calls) == models.LAYERS
+    assert len(kernel_calls) == LAYERS
     assert model.config._attn_implementation == "eager"
 
 
 def test_soft_capped_attention_of_another_file(kernel_calls, monkeypatch):
     import transformers.models.gemma2.modeling_gemma2 as gemma2
 
-    model = build("gemma2").to(DEVICE)
+    model = shallow("gemma2").to(DEVICE)
     mine = type("MyAttention", (gemma2.Gemma2Attention,), {"__module__": __name__})
     for layer in model.model.layers:
         layer.self_attn.__class__ = mine
@@ -197,7 +203,7 @@ def test_soft_capped_attention_of_another_file(kernel_calls, monkeypatch):
 
 def test_dropout_with_a_soft_cap(kernel_calls, monkeypatch):
     ids = models.token_ids(3, 12).to(DEVICE)
-    model = build("gemma2", attention_dropout=0.5).to(DEVICE)
+    model = shallow("gemma2", attention_dropout=0.5).to(DEVICE)
     wrapped = CGGRModel(model, min_tokens_ratio=0.3, **OFF)
     wrapped(ids, labels=ids).backward()
     assert not kernel_calls
@@ -211,7 +217,7 @@ def test_dropout_with_a_soft_cap(kernel_calls, monkeypatch):
 
 
 def test_dropout_of_attention_masks_as_before(kernel_calls):
-    model = build("llama", attention_dropout=0.5).to(DEVICE)
+    model = shallow("llama", attention_dropout=0.5).to(DEVICE)
     wrapped = CGGRModel(model, min_tokens_ratio=0.3, **OFF)
     ids = models.token_ids(3, 12).to(DEVICE)
     wrapped(ids, labels=ids).backward()
@@ -222,7 +228,7 @@ def test_dropout_of_attention_masks_as_before(kernel_calls):
     with torch.no_grad():
         recorded = split.record({"input_ids": ids}, ids.shape, synchronise=True)
         by_kernels = split.rows(recorded, index, None)
-        assert len(kernel_calls) == models.LAYERS
+        assert len(kernel_calls) == LAYERS
         visible = recorded.visible._replace(by_kernels=False)
         recorded = recorded._replace(visible=visible)
         torch.testing.assert_close(split.rows(recorded, index, None), by_kernels)
