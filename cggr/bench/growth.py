@@ -1,6 +1,7 @@
 """How time and memory of a step grow with the length, the batch and the vocabulary.
 
-Llamas of SmolLM-135M's shape, forward and backward, in one CUDA graph, which no host delays.
+Llamas of SmolLM-135M's shape, forward and backward, in one CUDA graph, which no host delays; memory
+is of the same step before it is captured.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from cggr.bench.step import CASES as STEP_CASES
 from cggr.bench.step import UNMASKED, StepCase, run_ways, ways
 from cggr.bench.timing import Progress
 
+DENSE_GRAPH = f"{UNMASKED}, graph"
 LINES = {
-    f"{UNMASKED}, graph": "tab:gray",
+    DENSE_GRAPH: "tab:gray",
     "token, ratio 0.25, graph": "tab:blue",
     "token, ratio 0.1, graph": "tab:green",
 }
@@ -41,10 +43,10 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     """Measures one case."""
     chosen = [way for way in ways(settings) if way.name in LINES]
     rows = run_ways(case, settings, progress, chosen)
-    dense = rows[0].get("ms")
+    found = {row["contestant"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:
-        if dense is not None and "ms" in row:
-            row["to_dense"] = row["ms"] / dense
+        if "ms" in row and DENSE_GRAPH in found:
+            row["to_dense"] = row["ms"] / found[DENSE_GRAPH]
     return rows
 
 

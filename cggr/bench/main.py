@@ -59,7 +59,10 @@ def runtime() -> machine.Runtime:
     """What the benchmarks run on."""
     import torch
 
-    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "jax", "jax-triton")
+    packages = (
+        *("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"),
+        *("jax", "jax-triton", "flax"),
+    )
     return machine.Runtime(
         versions={
             **{name: machine.package_version(name) for name in packages},

@@ -1,7 +1,8 @@
 """CGGRModel's training step, forward and backward, against dense steps of the same model.
 
 Llamas of random weights in bfloat16, without an optimizer. ``peak_bytes`` is the most memory in use
-during a step that begins without gradients: weights, gradients and everything between.
+during a step that begins without gradients: weights, gradients and everything between; of a CUDA
+graph, during the same step before it is captured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ ROUTER_LAYERS = 2  # as in cggr 0.5.0
 MODES = ("eager", "compiled", "graph", "compiled graph")
 DENSE, LIGER = "dense", "dense, Liger"
 UNMASKED = "dense, no mask"
-FASTEST = "dense, Liger, compiled, no mask"
+# Liger's loss cannot be captured, and without a graph a small model's step waits for the host.
+FASTEST = ("dense, Liger, compiled, no mask", f"{UNMASKED}, compiled graph")
 
 Step = Callable[[], Tensor]
 
@@ -229,7 +231,7 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         Way("dense, graph", functools.partial(_plain, False), "graph"),
         Way(LIGER, functools.partial(_liger, False)),
         Way("dense, Liger, compiled", functools.partial(_liger, True), "compiled"),
-        Way(FASTEST, functools.partial(_liger, True, masked=False), "compiled"),
+        Way(FASTEST[0], functools.partial(_liger, True, masked=False), "compiled"),
         Way("dense, cut-cross-entropy, compiled", _cut_cross_entropy, "compiled"),
         # Neither of the losses above can be captured: they ask the device.
         Way("dense, compiled graph", functools.partial(_plain, True), "compiled graph"),
@@ -340,13 +342,14 @@ def run_ways(
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Adds times and memory relative to the dense steps, of which memory to Liger's."""
+    """Adds times relative to the eager and the fastest dense step, and memory to Liger's."""
     by_name = {row["contestant"]: row for row in rows if "ms" in row}
+    fastest = min((by_name[name]["ms"] for name in FASTEST if name in by_name), default=None)
     for row in by_name.values():
         if DENSE in by_name:
             row["to_dense"] = row["ms"] / by_name[DENSE]["ms"]
-        if FASTEST in by_name:
-            row["to_compiled"] = row["ms"] / by_name[FASTEST]["ms"]
+        if fastest is not None:
+            row["to_compiled"] = row["ms"] / fastest
         if "peak_bytes" in row and LIGER in by_name:
             row["memory_to_liger"] = row["peak_bytes"] / by_name[LIGER]["peak_bytes"]
 
@@ -357,7 +360,7 @@ BENCHMARK = Benchmark(
     columns=(
         *TIMES,
         Column("of dense", number("to_dense", ".3f")),
-        Column("of compiled", number("to_compiled", ".3f")),
+        Column("of fastest", number("to_compiled", ".3f")),
         Column("k tokens/s", number("tokens_per_s", ".0f", 1e3)),
         Column("TFLOP/s", number("flops", ".0f", 1e12)),
         Column("peak GiB", number("peak_bytes", ".2f", 2**30)),
