@@ -225,17 +225,8 @@ def test_compiled_backends_select_as_the_truth_does(backend, rule, scope, shape,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for torch's inductor")
-# Half a minute of C++ each: every rule once, and every scope.
-@pytest.mark.parametrize(
-    ("rule", "scope"),
-    [
-        ("topk", "batch"),
-        ("stratified", "sequence"),
-        ("importance", "batch"),
-        ("importance", "sequence"),
-        ("random", "sequence"),
-    ],
-)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "fixed_quota"])
 def test_inductor_selects_as_the_truth_does(rule, scope):
     compare("torch-inductor", rule, scope, *STATIC[1])
 
