@@ -586,6 +586,15 @@ def test_all_steps_in_flax_are_of_one_model():
     assert half(np.zeros((1, 12), np.int32)).dtype == "bfloat16"
 
 
+def test_a_ratio_is_to_the_contestant_that_is_named():
+    rows = [{"contestant": "a", "ms": 2.0}, {"contestant": "b", "ms": 3.0}, {"contestant": "c"}]
+    timing.add_ratio(rows, "to_b", "ms", "b")
+    assert [row.get("to_b") for row in rows] == [2 / 3, 1.0, None]
+    for absent in ("c", "d"):  # without a time; not measured
+        timing.add_ratio(rows, "to_none", "ms", absent)
+    assert not any("to_none" in row for row in rows)
+
+
 def test_latency_is_that_of_four_times_the_batch():
     rows = measured_on_cpu("latency", StepCase(12, 96, 32, "float32", "tiny", 1, 2, 4, 2, 48))
     assert list(rows)[:2] == ["dense", "dense, 4 times the batch"]

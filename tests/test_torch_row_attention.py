@@ -62,7 +62,7 @@ def test_heads_that_share_their_values():
     wrapped(ids, labels=ids).backward()
 
 
-LAYERS = 2  # of either kind one: the interpreter takes its time
+LAYERS = 2  # Gemma 2's are one of either kind; in the interpreter they take their time
 shallow = functools.partial(build, layers=LAYERS)
 
 

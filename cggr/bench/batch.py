@@ -20,7 +20,7 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import Column, number
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.step import CASES, DENSE, Step, StepCase, make_ids, make_model, ways
-from cggr.bench.timing import Failure, Progress, reported, rows_of
+from cggr.bench.timing import Failure, Progress, add_ratio, reported, rows_of
 
 LIMIT_BYTES = 12 * 2**30
 MAX_BATCH = 1024
@@ -39,7 +39,7 @@ def run(case: Case, settings: BenchSettings, progress: Progress) -> list[dict[st
         with reported(way.name, failures, may_fail=way.may_fail):
             batch = in_own_process(largest_batch, way.name, case, settings)
             rows.append({"contestant": way.name, "batch": batch})
-    compare(rows)
+    add_ratio(rows, "to_dense", "batch", DENSE)
     return rows + rows_of(failures)
 
 
@@ -79,14 +79,6 @@ def step_fits(make: Callable[[Any, Tensor], Step], model: Any, ids: Tensor) -> b
 def largest(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number in ``[0, limit]`` that fits, if all below one that fits do too."""
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
-
-
-def compare(rows: list[dict[str, Any]]) -> None:
-    """Adds the batch relative to the dense one."""
-    by_name = {row["contestant"]: row for row in rows}
-    for row in rows:
-        if DENSE in by_name:
-            row["to_dense"] = row["batch"] / by_name[DENSE]["batch"]
 
 
 BENCHMARK = Benchmark(

@@ -16,7 +16,7 @@ from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES as STEP_CASES
 from cggr.bench.step import UNMASKED, StepCase, run_ways, ways
-from cggr.bench.timing import Progress
+from cggr.bench.timing import Progress, add_ratio
 
 DENSE_GRAPH = f"{UNMASKED}, graph"
 LINES = {
@@ -43,10 +43,7 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     """Measures one case."""
     chosen = [way for way in ways(settings) if way.name in LINES]
     rows = run_ways(case, settings, progress, chosen)
-    found = {row["contestant"]: row["ms"] for row in rows if "ms" in row}
-    for row in rows:
-        if "ms" in row and DENSE_GRAPH in found:
-            row["to_dense"] = row["ms"] / found[DENSE_GRAPH]
+    add_ratio(rows, "to_dense", "ms", DENSE_GRAPH)
     return rows
 
 

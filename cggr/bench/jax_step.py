@@ -15,7 +15,7 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
 from cggr.bench.step import CASES, DENSE, RATIOS, ROUTER_LAYERS, StepCase
-from cggr.bench.timing import Call, Contestant, Progress, measure, rows_of, wall_clock
+from cggr.bench.timing import Call, Contestant, Progress, add_ratio, measure, rows_of, wall_clock
 
 if TYPE_CHECKING:
     from jax import Array
@@ -145,10 +145,8 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
         make = functools.partial(routed, "token", ratio)
         contestants.append(contestant(f"token, ratio {ratio:g}", routed_loss, make))
     rows = rows_of(measure(contestants, settings, progress))
-    by_name = {row["contestant"]: row for row in rows}
-    for row in rows if DENSE in by_name else ():
-        row["to_dense"] = row["ms"] / by_name[DENSE]["ms"]
-        row["memory_to_dense"] = row["peak_bytes"] / by_name[DENSE]["peak_bytes"]
+    add_ratio(rows, "to_dense", "ms", DENSE)
+    add_ratio(rows, "memory_to_dense", "peak_bytes", DENSE)
     return rows
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings
@@ -17,12 +19,11 @@ from cggr.bench.step import (
     UNMASKED,
     StepCase,
     contestant_of,
-    graph_pool,
     make_ids,
     make_model,
     ways,
 )
-from cggr.bench.timing import Contestant, Progress, measure, rows_of
+from cggr.bench.timing import Contestant, Progress, add_ratio, measure, rows_of
 from cggr.torch.router import room_for_graphs
 
 TIMES_BATCH = 4
@@ -40,7 +41,7 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     by_name = {way.name: way for way in ways(settings)}
     model = make_model(case, settings.seed)
     larger = make_ids(case.of_batch(TIMES_BATCH * case.batch), settings.seed, model.device)
-    pool = graph_pool()
+    pool = torch.cuda.graph_pool_handle()
     contestants: list[Contestant] = []
     references: dict[str, str] = {}
     for mode, name in DENSE_WAYS.items():
@@ -53,11 +54,9 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
         contestants += group
     with room_for_graphs():
         rows = rows_of(measure(contestants, settings, progress))
-    found = {row["contestant"]: row["ms"] for row in rows if "ms" in row}
-    for row in rows:
-        reference = references[row["contestant"]]
-        if "ms" in row and reference in found:
-            row["to_dense"] = row["ms"] / found[reference]
+    for reference in DENSE_WAYS.values():
+        group_rows = [row for row in rows if references[row["contestant"]] == reference]
+        add_ratio(group_rows, "to_dense", "ms", reference)
     return rows
 
 

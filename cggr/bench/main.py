@@ -60,8 +60,14 @@ def runtime() -> machine.Runtime:
     import torch
 
     packages = (
-        *("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"),
-        *("jax", "jax-triton", "flax"),
+        "torch",
+        "triton",
+        "transformers",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "jax",
+        "jax-triton",
+        "flax",
     )
     return machine.Runtime(
         versions={

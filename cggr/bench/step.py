@@ -23,7 +23,7 @@ from cggr.bench.main import Benchmark
 from cggr.bench.report import TIMES, Column, number
 from cggr.bench.settings import BenchSettings, Case
 from cggr.bench.statistics import load_050
-from cggr.bench.timing import Call, Contestant, Progress, captured, measure, rows_of
+from cggr.bench.timing import Call, Contestant, Progress, add_ratio, captured, measure, rows_of
 from cggr.torch import CGGRModel, create_truncated_router
 from cggr.torch.router import room_for_graphs
 from cggr.torch.twin import Twin
@@ -277,18 +277,15 @@ def make_ids(case: StepCase, seed: int, device: torch.device) -> Tensor:
     return ids.to(device)
 
 
-def graph_pool() -> Callable[[], Any]:
-    """Memory for all graphs of a model, taken at the first: each alone needs gigabytes."""
-    return functools.cache(torch.cuda.graph_pool_handle)
-
-
 def contestant_of(
-    way: Way, model: Any, ids: Tensor, pool: Callable[[], Any], name: str | None = None
+    way: Way, model: Any, ids: Tensor, pool: Any, name: str | None = None
 ) -> Contestant:
-    """One way to train this model on these inputs; `name` is the way's if None."""
-    graph = way.mode.endswith("graph")
+    """One way to train this model on these inputs; `name` is the way's if None.
+
+    All graphs of a model share the memory `pool`: each alone needs gigabytes.
+    """
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    observed: dict[str, Any] = {}
+    needs: dict[str, int] = {}
 
     def prepare() -> Call:
         loss_of = way.make(model, ids)
@@ -301,12 +298,12 @@ def contestant_of(
 
         step()  # compiles
         model.zero_grad(set_to_none=True)
-        peak, loss = peak_memory(step)  # a graph's memory is its own, and not to be told apart
-        observed.update(peak_bytes=weights + peak, loss=float(loss))
-        return captured(step, pool()) if graph else step
+        peak, _ = peak_memory(step)  # a graph's memory is its own, and not to be told apart
+        needs["peak_bytes"] = weights + peak
+        return captured(step, pool) if way.mode.endswith("graph") else step
 
     def observe(step: Call) -> dict[str, Any]:
-        return observed | ({"loss": float(step())} if graph else {})
+        return {"loss": float(step()), **needs}
 
     return Contestant(way.name if name is None else name, prepare, observe, way.may_fail)
 
@@ -325,7 +322,7 @@ def run_ways(
     model = make_model(case, settings.seed)
     ids = make_ids(case, settings.seed, model.device)
     torch._dynamo.reset()
-    pool = graph_pool()
+    pool = torch.cuda.graph_pool_handle()
     contestants = [contestant_of(way, model, ids, pool) for way in found]
     # All models of transformers share one function; the ninth way would not be compiled.
     with room_for_graphs():
@@ -343,15 +340,12 @@ def run_ways(
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Adds times relative to the eager and the fastest dense step, and memory to Liger's."""
-    by_name = {row["contestant"]: row for row in rows if "ms" in row}
-    fastest = min((by_name[name]["ms"] for name in FASTEST if name in by_name), default=None)
-    for row in by_name.values():
-        if DENSE in by_name:
-            row["to_dense"] = row["ms"] / by_name[DENSE]["ms"]
-        if fastest is not None:
-            row["to_compiled"] = row["ms"] / fastest
-        if "peak_bytes" in row and LIGER in by_name:
-            row["memory_to_liger"] = row["peak_bytes"] / by_name[LIGER]["peak_bytes"]
+    add_ratio(rows, "to_dense", "ms", DENSE)
+    add_ratio(rows, "memory_to_liger", "peak_bytes", LIGER)
+    compiled = [row for row in rows if row["contestant"] in FASTEST and "ms" in row]
+    if compiled:
+        fastest = min(compiled, key=lambda row: row["ms"])
+        add_ratio(rows, "to_compiled", "ms", fastest["contestant"])
 
 
 BENCHMARK = Benchmark(

@@ -196,6 +196,17 @@ def reported(name: str, failures: dict[str, Failure], *, may_fail: bool) -> Iter
         failures[name] = Failure(text[:MAX_ERROR])
 
 
+def add_ratio(rows: Sequence[dict[str, Any]], name: str, of: str, to: str) -> None:
+    """Adds a field `name` to all rows that have a number `of`: its ratio to a contestant's.
+
+    Nothing where the contestant `to` is not among them, or has no such number.
+    """
+    reference = next((row[of] for row in rows if row["contestant"] == to and of in row), None)
+    for row in rows if reference is not None else ():
+        if of in row:
+            row[name] = row[of] / reference
+
+
 def rows_of(outcomes: Mapping[str, Timing | Failure]) -> list[dict[str, Any]]:
     """A row of the report for every contestant: its times or its error."""
     rows: list[dict[str, Any]] = []
