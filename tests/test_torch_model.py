@@ -12,6 +12,7 @@ from torch import nn
 
 import cggr.torch
 from cggr.torch import CGGRScorer, RoutingConfig, create_truncated_router
+from cggr.torch.token_split import TokenSplit
 
 # The token split has tests of its own: test_torch_token_split.py.
 CGGRModel = functools.partial(cggr.torch.CGGRModel, split="sequence")
@@ -474,6 +475,119 @@ def test_right_padding_is_the_models_own_loss_on_masked_labels():
     ).loss
     wrapped = CGGRModel(model, create_truncated_router(model), min_tokens_ratio=1.0)
     assert torch.equal(wrapped(input_ids, labels=input_ids, attention_mask=mask), dense)
+
+
+# Ways to run a model on whole sequences
+
+WAYS = {
+    "plain": {},
+    "left padding": {"side": "left"},
+    "right padding": {"side": "right"},
+    "packed": {"packed": True},
+    "its own router": {"routed": False},
+    "importance": {"selection": "importance"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for name in models.ARCHITECTURES
+        for way in (WAYS if name in ("llama", "gemma3", "bert") else ["right padding"])
+        if name != "mamba"
+    ],
+)
+def test_without_a_hook_to_call_a_step_is_that_of_the_model_itself(name, way, monkeypatch):
+    passes = []
+    hidden = TokenSplit.hidden
+    monkeypatch.setattr(
+        TokenSplit, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
+    )
+    given = dict(WAYS[way])
+    side, packed, routed = (
+        given.pop("side", None),
+        given.pop("packed", False),
+        "routed" not in given,
+    )
+    given.pop("routed", None)
+    ids, inputs = models.token_ids(6), {}
+    if side is not None:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        for b in range(1, 6):
+            inputs["attention_mask"][b, slice(b) if side == "left" else slice(-b, None)] = 0
+    if packed:
+        inputs["position_ids"] = torch.cat([torch.arange(4), torch.arange(6)]).expand(6, 10)
+    labels = models.labels_for(name, ids)
+    found = []
+    for hooked in (False, True):
+        model = models.build(name)
+        calls = []
+        if hooked:
+            model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        router = create_truncated_router(model, num_layers=1) if routed else None
+        wrapped = CGGRModel(model, router, capacity="static", min_tokens_ratio=0.5, **OFF, **given)
+        loss = wrapped(ids, labels=labels, **inputs)
+        loss.backward()
+        assert (len(passes), len(calls)) == ((1, 0) if not hooked else (1, 1))
+        metrics = wrapped.get_metrics()
+        numbers = {key: x for key, x in metrics.items() if not isinstance(x, str)}
+        found.append((loss.item(), gradients(model), numbers))
+    (loss, grads, metrics), (want, want_grads, want_metrics) = found
+    assert loss == pytest.approx(want, rel=1e-6)
+    assert metrics == pytest.approx(want_metrics, rel=1e-6)
+    for key, gradient in want_grads.items():
+        error = (grads[key] - gradient).abs().max()
+        assert error <= 1e-5 * gradient.abs().max() + 1e-8, key
+
+
+def test_what_only_the_model_itself_can_run(monkeypatch):
+    passes = []
+    hidden = TokenSplit.hidden
+    monkeypatch.setattr(
+        TokenSplit, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
+    )
+    ids = models.token_ids()
+
+    def used(model, wrap=None, capacity="static", **inputs):
+        passes.clear()
+        options = {"selection": "random", "min_tokens_ratio": 0.5, **OFF}
+        wrapped = CGGRModel(model, capacity=capacity, **options)
+        if wrap is not None:
+            wrap(wrapped)
+        wrapped(ids, labels=ids, **inputs).backward()
+        return bool(passes)
+
+    assert used(models.build("llama"))
+    assert used(torch.compile(models.build("llama"), backend="eager"), capacity="exact")
+    assert not used(models.build("llama"), capacity="exact")  # which costs the host less
+    assert used(models.build("llama"), output_hidden_states=False)
+    assert not used(models.build("llama"), logits_to_keep=0)
+    assert not used(models.build("llama"), cache_position=torch.arange(10))
+    for part, hook in (
+        ("", "forward_pre"),
+        ("lm_head", "full_backward"),
+        ("lm_head", "full_backward_pre"),
+        ("model.layers.1.mlp", "forward"),
+    ):
+        model = models.build("llama")
+        register = getattr(model.get_submodule(part), f"register_{hook}_hook")
+        register(lambda *_: None)
+        assert not used(model), (part, hook)
+    model = models.build("llama")
+    plain = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    assert not used(model)  # a part of it would run another module than itself
+    model = models.build("llama")
+    model.forward = model.forward
+    assert not used(model)
+    # What it is when it is called counts, not what it was.
+    assert not used(
+        models.build("llama"), lambda wrapped: setattr(wrapped, "model", models.build("mamba"))
+    )
+    assert used(
+        models.build("mamba"), lambda wrapped: setattr(wrapped, "model", models.build("llama"))
+    )
 
 
 # Inputs follow the selection

@@ -204,6 +204,7 @@ def test_a_compiled_model_is_run_compiled(name, selections):
 
 @pytest.mark.float64  # dynamo refuses to run under the guard
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("split", ["token", "sequence"])
 @pytest.mark.parametrize(
     ("name", "given", "masked"),
     [
@@ -214,7 +215,7 @@ def test_a_compiled_model_is_run_compiled(name, selections):
         ("llama", "attention_mask", True),
     ],
 )
-def test_a_compiled_first_pass_has_a_mask_where_it_needs_one(name, given, masked):
+def test_a_compiled_dense_pass_has_a_mask_where_it_needs_one(name, given, masked, split):
     torch._dynamo.reset()
     passes, angles = [], []
 
@@ -232,7 +233,7 @@ def test_a_compiled_first_pass_has_a_mask_where_it_needs_one(name, given, masked
     labels = models.labels_for(name, ids)
     losses = []
     for inner in (model, torch.compile(model, backend=keep, fullgraph=True)):
-        wrapped = CGGRModel(inner, selection="random", capacity="static", split="token", **OFF)
+        wrapped = CGGRModel(inner, selection="random", capacity="static", split=split, **OFF)
         with torch.no_grad():
             losses.append(wrapped(ids, labels=labels, **others).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)

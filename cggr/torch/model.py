@@ -34,7 +34,7 @@ from cggr.torch.router import (
 from cggr.torch.routing import process_rank
 from cggr.torch.scorer import CGGRScorer
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
-from cggr.torch.token_split import TokenSplit
+from cggr.torch.token_split import TokenSplit, compiler_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +120,13 @@ class CGGRModel(nn.Module):
         self.split = split
         if first_pass not in ("exact", "float8"):
             raise ValueError(f"first_pass must be 'exact' or 'float8', got {first_pass!r}.")
-        float8 = first_pass == "float8"
-        if float8 and split != "token":
+        if first_pass == "float8" and split != "token":
             raise ValueError("first_pass must be 'exact' with split='sequence', got 'float8'.")
-        self._token_split = TokenSplit(model, float8=float8) if split == "token" else None
+        self.first_pass = first_pass
         self.model = model
+        self._token_split: TokenSplit | None = None
+        if self._needs_passes(capacity):
+            self._token_split = TokenSplit(model, float8=first_pass == "float8")
         self._cache_switch = cache_switch(model)
         self._scores_itself = router is None
         if shift_labels == "auto":  # the model knows; its router may be of another kind
@@ -240,34 +242,52 @@ class CGGRModel(nn.Module):
             ignore_index=self.config.ignore_index,
         )
         eligible = targets != self.config.ignore_index
-        if not self.training:
-            total, rows = self._dense_sum(model_inputs, targets)
-        elif (split := self._current_split()) is not None:
-            total, rows = self._token_sum(split, model_inputs, targets, eligible, reference_nll)
+        split = self._current_split(model_inputs, targets.shape)
+        if self.split == "token":
+            assert split is not None
+            total, rows = (
+                self._token_sum(split, model_inputs, targets, eligible, reference_nll)
+                if self.training
+                else self._every_token_sum(split, model_inputs, targets)
+            )
+        elif not self.training:
+            total, rows = self._sequence_sum(split, model_inputs, targets, None)
         else:
             kept_inputs, kept_targets, weight_C = self._select_sequences(
-                model_inputs, targets, eligible, reference_nll
+                split, model_inputs, targets, eligible, reference_nll
             )
-            total, rows = self._loss_sum(kept_inputs, kept_targets, weight_C)
+            total, rows = self._sequence_sum(split, kept_inputs, kept_targets, weight_C)
         return reduce_loss(total, rows, eligible.sum(), "mean", num_items_in_batch)
 
-    def _dense_sum(
-        self, model_inputs: dict[str, Any], targets: Tensor
-    ) -> tuple[Tensor, SelectedRows]:
-        """``Σ nll`` over all tokens."""
-        if (split := self._current_split()) is None:
-            return self._loss_sum(model_inputs, targets, None)
-        synchronise = self.scorer.capacity == "exact"
-        hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
-        targets = self._checked(split, targets)
-        return self._every_token_sum(split, hidden, targets)
+    def _needs_passes(self, capacity: str) -> bool:
+        """Whether parts of the model are run, and not the model itself.
 
-    def _current_split(self) -> TokenSplit | None:
-        """The token split of the model as it is now; None for that of sequences."""
-        if self._token_split is not None and self._token_split.model is not self.model:
-            float8 = self._token_split.float8
-            self._token_split = TokenSplit(self.model, float8=float8)  # it was replaced
-        return self._token_split
+        For whole sequences, the token split's dense pass is a cheaper call of the model in compiled
+        and captured steps, in which transformers gives attention a mask that costs time.
+        """
+        if self.split == "token":
+            return True
+        is_fast = capacity == "static" or compiler_of(self.model) is not None
+        return is_fast and refusal(self.model) is None
+
+    def _current_split(self, model_inputs: dict[str, Any], shape: torch.Size) -> TokenSplit | None:
+        """What runs the model on these inputs; None if that is the model itself."""
+        split = self._token_split
+        if not torch.compiler.is_compiling():
+            if not self._needs_passes(self.scorer.capacity):
+                split = None
+            elif split is None or split.model is not self.model:  # it was replaced
+                split = TokenSplit(self.model, float8=self.first_pass == "float8")
+            if split is not None:
+                split.follow()
+            self._token_split = split
+        if self.split == "token" or (split is not None and split.stands_for(model_inputs, shape)):
+            return split
+        return None
+
+    @property
+    def _synchronises(self) -> bool:
+        return self.scorer.capacity == "exact"
 
     def _scoring_depth(self, split: TokenSplit) -> int | None:
         """After how many of the model's layers everything is scored; None after all."""
@@ -295,6 +315,13 @@ class CGGRModel(nn.Module):
         )
 
     def _every_token_sum(
+        self, split: TokenSplit, model_inputs: dict[str, Any], targets: Tensor
+    ) -> tuple[Tensor, SelectedRows]:
+        """``Σ nll`` over all tokens."""
+        hidden = split.hidden(model_inputs, targets.shape, synchronise=self._synchronises)
+        return self._sum_of_all(split, hidden, self._checked(split, targets))
+
+    def _sum_of_all(
         self, split: TokenSplit, hidden: Tensor, targets: Tensor
     ) -> tuple[Tensor, SelectedRows]:
         ignore_index = self.config.ignore_index
@@ -311,7 +338,7 @@ class CGGRModel(nn.Module):
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` over the tokens to train on."""
         scorer, config, rule = self.scorer, self.config, self._rule
-        recorded, hidden, synchronise = None, None, scorer.capacity == "exact"
+        recorded, hidden, synchronise = None, None, self._synchronises
         depth = self._scoring_depth(split)
         if config.selects_all:  # one dense pass does
             hidden = split.hidden(model_inputs, targets.shape, synchronise=synchronise)
@@ -330,7 +357,7 @@ class CGGRModel(nn.Module):
         ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
         if recorded is None:
             assert hidden is not None
-            total, rows = self._every_token_sum(split, hidden, targets)
+            total, rows = self._sum_of_all(split, hidden, targets)
         else:
             with torch.no_grad():
                 selection = select_at_ratio(
@@ -361,13 +388,21 @@ class CGGRModel(nn.Module):
 
     def _select_sequences(
         self,
+        split: TokenSplit | None,
         model_inputs: dict[str, Any],
         targets: Tensor,
         eligible: Tensor,
         reference_nll: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
         """Inputs, targets and weights of the sequences to train on."""
-        difficulty, scored = self._score(targets, reference_nll, model_inputs)
+        hidden = None
+        if split is not None and not self._needs_no_score:
+            depth = self._scoring_depth(split)
+            if self._scores_itself or depth is not None:
+                hidden = split.judged(
+                    model_inputs, targets.shape, synchronise=self._synchronises, depth=depth
+                )
+        difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
         mean_difficulty_B = difficulty.sum(dim=1) / eligible.sum(dim=1).clamp(min=1)
         config, scorer, batch = self.config, self.scorer, targets.shape[0]
         scorer.follow(targets.device)
@@ -429,11 +464,19 @@ class CGGRModel(nn.Module):
             "difficulty": scores.difficulty,
         }
 
-    def _loss_sum(
-        self, model_inputs: dict[str, Any], targets: Tensor, weight_C: Tensor | None
+    def _sequence_sum(
+        self,
+        split: TokenSplit | None,
+        model_inputs: dict[str, Any],
+        targets: Tensor,
+        weight_C: Tensor | None,
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` of the model on these sequences."""
-        logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
+        if split is None:
+            logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
+        else:
+            hidden = split.hidden(model_inputs, targets.shape, synchronise=self._synchronises)
+            logits = split.router.project(hidden)
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
         targets = checked_targets(
             targets,

@@ -22,26 +22,37 @@ _SHAPES = {
 def split_inputs(
     model_inputs: dict[str, Any], shape: torch.Size
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs that follow the positions, and settings."""
+    """Inputs that follow the positions, and settings.
+
+    Raises:
+        ValueError: There is a :func:`complaint` of them.
+    """
+    if (reason := complaint(model_inputs, shape)) is not None:
+        raise ValueError(reason)
+    given = {name: value for name, value in model_inputs.items() if value is not None}
+    inputs = {name: given.pop(name) for name in _SHAPES if name in given}
+    return inputs, given
+
+
+def complaint(model_inputs: dict[str, Any], shape: torch.Size) -> str | None:
+    """Why these inputs cannot be told apart by positions, None if they can."""
     given = {name: value for name, value in model_inputs.items() if value is not None}
     for name in ("past_key_values", "logits_to_keep", "adapter_names", "is_causal"):
         if name in given:
-            raise ValueError(
-                f"{name} cannot be given with split='token'; split='sequence' takes it."
-            )
+            return f"{name} cannot be given with split='token'; split='sequence' takes it."
     if not given.keys() & {"input_ids", "inputs_embeds"}:
-        raise ValueError("input_ids or inputs_embeds must be given, got neither.")
+        return "input_ids or inputs_embeds must be given, got neither."
     inputs = {name: given.pop(name) for name in _SHAPES if name in given}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.dim():
-            raise ValueError(
+            return (
                 f"split='token' cannot tell which part of {name} {tuple(value.shape)} belongs to a "
                 f"position: it takes {', '.join(_SHAPES)}; split='sequence' takes it."
             )
     batch, length = shape
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
-            raise ValueError(
+            return (
                 f"{name} must be a tensor with split='token', got {type(value).__name__}; "
                 f"split='sequence' takes it."
             )
@@ -53,7 +64,7 @@ def split_inputs(
         else:
             fits = value.dim() == n_dims and value.shape[:2] == shape
         if not fits:
-            raise ValueError(
+            return (
                 f"{name} must have shape {_SHAPES[name]} with split='token', where the labels make "
                 f"B = {batch} and S = {length}, got {tuple(value.shape)}."
             )
@@ -63,11 +74,11 @@ def split_inputs(
         and mask.dim() == 4
         and not (mask.dtype == torch.bool or mask.is_floating_point())
     ):
-        raise ValueError(
+        return (
             f"attention_mask of four dimensions must be bool, or floating where it is added to the "
             f"scores, got {mask.dtype}."
         )
-    return inputs, given
+    return None
 
 
 def any_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -22,8 +22,8 @@ from cggr.torch.dispatch import implementation
 from cggr.torch.functional import in_autocast_dtype
 from cggr.torch.refusal import refusal
 from cggr.torch.rotary import keep_angles
-from cggr.torch.router import call_model, own_router
-from cggr.torch.row_inputs import any_of, split_inputs, take
+from cggr.torch.router import call_model, own_router, wrappings
+from cggr.torch.row_inputs import any_of, complaint, split_inputs, take
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
 from cggr.torch.selected import SelectedRows
@@ -86,7 +86,7 @@ class TokenSplit:
         self.float8 = float8
         self._check()
         self.router = own_router(model)
-        self._compile = _compiler_of(model)
+        self._compile = compiler_of(model)
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = Twin(self.router.base, _CLASSES)
         self._root: nn.Module | None = None  # of the twin that what follows was made for
@@ -107,6 +107,7 @@ class TokenSplit:
         if self._twin.root is not self._root:
             self._root = self._twin.root
             keep_angles(self._root)
+            self._modules = list(self._root.modules())  # to walk the tree takes long
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -116,7 +117,7 @@ class TokenSplit:
         for cut in self._cuts.values():
             cut.beginning.refresh()
             cut.rest.refresh()
-        for module in self._twin.root.modules():
+        for module in self._modules:
             if isinstance(module, RowLinear):
                 module.forget()  # the products of a step that failed
         self._float8_linears = (
@@ -129,6 +130,31 @@ class TokenSplit:
                 f"first_pass='float8' needs linear layers (nn.Linear) of sizes that 16 divides, of "
                 f"which {type(self._source).__name__} has none."
             )
+
+    def follow(self) -> None:
+        """Takes over what has been changed in the model since the last step.
+
+        Raises:
+            ValueError: It cannot be run on a part of its positions any more.
+        """
+        self._check()
+        if self.float8:
+            self._check_float8()
+        self.refresh()
+
+    def stands_for(self, model_inputs: dict[str, Any], shape: torch.Size) -> bool:
+        """Whether a dense pass, by :meth:`hidden`, is a call of the model to all who might watch.
+
+        Not if there are hooks, which would be called with other modules, or not at all. While a
+        compiler runs, the model is taken to be as it was.
+        """
+        if complaint(model_inputs, shape) is not None:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        outside = (*wrappings(self.model), *self.router.head.modules())
+        watched = any(map(_is_watched, (*outside, *self._modules)))  # twins have the same hooks
+        return not watched and self.can_be_cut and self._can_checkpoint()
 
     def cut(self, depth: int) -> Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""
@@ -156,7 +182,7 @@ class TokenSplit:
         Raises:
             ValueError: An input does not tell which part of it belongs to a position.
         """
-        inputs, extra = self._checked_inputs(model_inputs, shape)
+        inputs, extra = split_inputs(model_inputs, shape)
         from cggr.torch.row_cache import RowCache
 
         cache = RowCache()
@@ -236,14 +262,37 @@ class TokenSplit:
 
         The arguments are those of :meth:`record`.
         """
-        inputs, extra = self._checked_inputs(model_inputs, shape)
+        dense = self._dense(model_inputs, shape, synchronise=synchronise)
+        with self._second_pass():
+            return self._base(dense, self._twin.root)
+
+    def judged(
+        self,
+        model_inputs: dict[str, Any],
+        shape: torch.Size,
+        *,
+        synchronise: bool,
+        depth: int | None = None,
+    ) -> Tensor:
+        """The same without gradient, of which nothing is recorded, after so many layers."""
+        dense = self._dense(model_inputs, shape, synchronise=synchronise)
+        if depth is None:
+            return self._first_pass(dense, self._twin.root)
+        cut = self.cut(depth)
+        hidden_BSD = self._first_pass(dense, cut.beginning.root)
+        cut.last.output = None
+        return hidden_BSD
+
+    def _dense(
+        self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
+    ) -> dict[str, Any]:
+        """Inputs of a pass over everything that leaves nothing to another."""
+        inputs, extra = split_inputs(model_inputs, shape)
         from cggr.torch.row_cache import RowCache
 
         visible = self._masks.visible(inputs, shape, synchronise=synchronise)
         dense = self._masks.of_all(inputs, visible, synchronise=synchronise) | extra
-        with self._second_pass():
-            inputs = dense | {"past_key_values": RowCache(records=False)}
-            return self._base(inputs, self._twin.root)
+        return dense | {"past_key_values": RowCache(records=False)}
 
     def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
         """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
@@ -265,16 +314,6 @@ class TokenSplit:
     @property
     def _source(self) -> Any:
         return self.router.source
-
-    def _checked_inputs(
-        self, model_inputs: dict[str, Any], shape: torch.Size
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not torch.compiler.is_compiling():
-            self._check()
-            if self.float8:
-                self._check_float8()
-            self.refresh()
-        return split_inputs(model_inputs, shape)
 
     def _check(self) -> None:
         if (reason := refusal(self.model)) is not None:
@@ -319,8 +358,18 @@ class TokenSplit:
             or (module.training and _draws(module))
             or _checkpoints(module)
             or type(module).__name__ == "CheckpointWrapper"
-            for module in self._twin.root.modules()
+            for module in self._modules
         )
+
+    def _checkpointed(self, base: nn.Module) -> list[nn.Module]:
+        """Modules of the model, or of a part of it, under gradient checkpointing."""
+        if not any(map(_checkpoints, self._modules)):
+            return []
+        return [module for module in base.modules() if _checkpoints(module)]
+
+    def _can_checkpoint(self) -> bool:
+        modules = self._checkpointed(self._twin.root)
+        return not modules or any(map(_is_layer, modules))
 
     def _base(self, inputs: dict[str, Any], base: nn.Module) -> Tensor:
         """Final hidden states, by a model without head."""
@@ -363,7 +412,7 @@ class TokenSplit:
             dtype = torch.get_autocast_dtype(kind)
             autocast = torch.autocast(kind, dtype=dtype, cache_enabled=False)
         # Nothing is there to be checkpointed, and checkpointed layers would get no cache.
-        checkpointed = _checkpointed(base)
+        checkpointed = self._checkpointed(base)
         with (
             torch.no_grad(),
             autocast,
@@ -375,9 +424,9 @@ class TokenSplit:
     @contextlib.contextmanager
     def _second_pass(self) -> Iterator[None]:
         """With gradient checkpointing, leaves the layers their cache: a replay finds the same."""
-        modules = _checkpointed(self._twin.root)
+        modules = self._checkpointed(self._twin.root)
         layers = [module for module in modules if _is_layer(module)]
-        if modules and not layers:
+        if not self._can_checkpoint():
             raise ValueError(
                 "gradient checkpointing with split='token' needs a transformers whose checkpointed "
                 "layers can keep a cache (5.17 does): upgrade it, or disable checkpointing."
@@ -391,8 +440,13 @@ class TokenSplit:
             yield
 
 
-def _checkpointed(base: nn.Module) -> list[nn.Module]:
-    return [module for module in base.modules() if _checkpoints(module)]
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _checkpoints(module: nn.Module) -> bool:
@@ -427,7 +481,7 @@ def _attribute(name: str, value: Any, modules: Sequence[nn.Module]) -> Iterator[
                 setattr(module, name, old)
 
 
-def _compiler_of(model: nn.Module) -> Callable[[nn.Module], Any] | None:
+def compiler_of(model: nn.Module) -> Callable[[nn.Module], Any] | None:
     """What compiled the model, to compile its part without head alike."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return cast(Callable[[nn.Module], Any], getattr(model, "dynamo_ctx", torch.compile))
