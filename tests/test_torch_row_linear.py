@@ -155,6 +155,7 @@ def test_a_step_that_failed_leaves_no_products():
     assert linears
     for linear in linears:
         linear.kept = (torch.full((3, 5, linear.out_features), torch.nan),)
+    wrapped._token_split.follow()
     recorded = wrapped._token_split.record({"input_ids": ids}, ids.shape, synchronise=True, depth=0)
     index = torch.arange(5).expand(3, 5).contiguous()
     wrapped._token_split.finish(recorded, 0, index)

@@ -56,7 +56,9 @@ class CGGRModel(nn.Module):
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
-    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole. For any model.
+    ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole. For any model. Those
+    that the token split knows are run by their parts if they are compiled or `capacity` is
+    ``"static"``, and have no hooks: the same loss without a mask that transformers need not make.
 
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
