@@ -29,6 +29,10 @@ with contextlib.suppress(ImportError):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 def pytest_configure(config):

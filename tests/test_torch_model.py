@@ -1,12 +1,15 @@
 import functools
 import re
+import types
 
 import models
 import numpy as np
+import peft
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 import truth
 from torch import nn
 
@@ -18,6 +21,7 @@ from cggr.torch.token_split import TokenSplit
 CGGRModel = functools.partial(cggr.torch.CGGRModel, split="sequence")
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
 SELECTIONS = truth.SELECTIONS
+of_checkpointing = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def exactly(message):
@@ -541,6 +545,7 @@ def test_without_a_hook_to_call_a_step_is_that_of_the_model_itself(name, way, mo
         assert error <= 1e-5 * gradient.abs().max() + 1e-8, key
 
 
+@of_checkpointing
 def test_what_only_the_model_itself_can_run(monkeypatch):
     passes = []
     hidden = TokenSplit.hidden
@@ -574,12 +579,24 @@ def test_what_only_the_model_itself_can_run(monkeypatch):
         register = getattr(model.get_submodule(part), f"register_{hook}_hook")
         register(lambda *_: None)
         assert not used(model), (part, hook)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not used(models.build("llama"))
+    handle.remove()
     model = models.build("llama")
     plain = model.model.layers[0].forward
     model.model.layers[0].forward = lambda *args, **kwargs: plain(*args, **kwargs)
-    assert not used(model)  # a part of it would run another module than itself
+    assert not used(model)
+    model = models.build("llama")
+    model.model.layers[0].mlp.forward = model.model.layers[1].mlp.forward
+    assert not used(model)
     model = models.build("llama")
     model.forward = model.forward
+    assert not used(model)
+    model = models.build("llama")
+    model.gradient_checkpointing_enable()
+    assert not used(model)
+    model = models.build("llama")
+    model.model.layers[0].compile(backend="eager")  # by a compiler of its own
     assert not used(model)
     # What it is when it is called counts, not what it was.
     assert not used(
@@ -588,6 +605,101 @@ def test_what_only_the_model_itself_can_run(monkeypatch):
     assert used(
         models.build("mamba"), lambda wrapped: setattr(wrapped, "model", models.build("llama"))
     )
+
+
+class TripledForCausalLM(transformers.LlamaForCausalLM):
+    @functools.wraps(transformers.LlamaForCausalLM.forward)
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        return type(output)(logits=3 * output.logits)
+
+
+@of_checkpointing
+def test_a_forward_of_a_class_or_a_wrapper_is_called():
+    ids = models.token_ids()
+    model = models.build("llama")
+    tripled = TripledForCausalLM(model.config)
+    tripled.load_state_dict(model.state_dict())
+    adapted = peft.get_peft_model(
+        models.build("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=True)
+    )
+    plain = adapted.forward
+    adapted.forward = lambda *args, **kwargs: types.SimpleNamespace(
+        logits=3 * plain(*args, **kwargs).logits
+    )
+    want = F.cross_entropy(
+        3 * model(ids).logits[:, :-1].reshape(-1, models.VOCAB), ids[:, 1:].reshape(-1)
+    )
+    for given in (tripled, adapted):
+        loss = CGGRModel(given, capacity="static", min_tokens_ratio=1.0)(ids, labels=ids)
+        torch.testing.assert_close(loss, want)
+        with pytest.raises(ValueError, match=r"forward (of its own|was replaced)"):
+            CGGRModel(given, split="token")
+
+
+class Careful(nn.Linear):
+    def __new__(cls, needed):
+        return super().__new__(cls)
+
+    def __init__(self, needed):
+        super().__init__(needed, needed, bias=False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("split", ["token", "sequence"])
+def test_modules_that_are_made_in_other_ways(split):
+    ids = models.token_ids()
+    options = {"selection": "random", "capacity": "static", "split": split, **OFF}
+    for change in (
+        lambda linear: Careful(linear.in_features),
+        lambda linear: torch.jit.script(linear),
+        lambda linear: torch.fx.symbolic_trace(linear),
+    ):
+        losses = []
+        for changes in (False, True):
+            model = models.build("gemma3", num_key_value_heads=4)
+            attention = model.model.layers[0].self_attn
+            if changes:
+                other = change(attention.q_proj)
+                other.load_state_dict(attention.q_proj.state_dict())
+                attention.q_proj = other
+            loss = cggr.torch.CGGRModel(model, **options)(ids, labels=ids)
+            loss.backward()
+            losses.append((loss.item(), attention.q_proj.weight.grad))
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+        torch.testing.assert_close(losses[1][1], losses[0][1])
+
+
+@pytest.mark.parametrize("split", ["token", "sequence"])
+def test_a_model_that_returns_its_hidden_states_keeps_as_many(split):
+    model, ids = models.build("llama", output_hidden_states=True), models.token_ids()
+    wrapped = cggr.torch.CGGRModel(model, split=split, capacity="static", **OFF)
+    for _ in range(3):
+        wrapped(ids, labels=ids)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert len(model(ids).hidden_states) == models.LAYERS + 1
+
+
+def test_with_fewer_layers_than_the_router_had():
+    model, ids = models.build("llama"), models.token_ids()
+    router = create_truncated_router(model, num_layers=2)
+    wrapped = CGGRModel(model, router, capacity="static", min_tokens_ratio=1.0)
+    del model.model.layers[1:]
+    want = model(ids, labels=ids).loss
+    assert wrapped(ids, labels=ids).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_a_replaced_model_scores_itself():
+    ids = models.token_ids(6)
+    options = {"min_tokens_ratio": 0.3, **OFF}
+    for hooked in (False, True):
+        other = models.build("llama", seed=4)
+        if hooked:
+            other.register_forward_hook(lambda *_: None)
+        wrapped = CGGRModel(models.build("llama"), capacity="static", **options)
+        wrapped.model = other
+        want = CGGRModel(models.build("llama", seed=4), **options)(ids, labels=ids)
+        torch.testing.assert_close(wrapped(ids, labels=ids), want)
 
 
 # Inputs follow the selection

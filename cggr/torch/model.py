@@ -32,9 +32,10 @@ from cggr.torch.router import (
     unwrapped,
 )
 from cggr.torch.routing import process_rank
+from cggr.torch.row_inputs import complaint
 from cggr.torch.scorer import CGGRScorer
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
-from cggr.torch.token_split import TokenSplit, compiler_of
+from cggr.torch.token_split import TokenSplit, compiler_of, runs_as_parts
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,15 @@ class CGGRModel(nn.Module):
     pass scores after those, and keeps of the others what the second would compute again: the
     products of the selected tokens are made once. So it does for ``selection="random"``.
 
-    Under ``torch.compile(cggr_model, fullgraph=True)``, adapters and modules of the model stay as
-    they were at the last call outside of it, or of ``train()``.
-
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
     ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole. For any model. Those
     that the token split knows are run by their parts if they are compiled or `capacity` is
-    ``"static"``, and have no hooks: the same loss without a mask that transformers need not make.
+    ``"static"``, and there is no hook to be called: the same loss, but without a mask that
+    transformers makes needlessly.
+
+    A model that is run by its parts stays as it was, under ``torch.compile(cggr_model)``, at the
+    last call outside of it, or of ``train()``: its adapters, its modules, their modes and hooks.
 
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
@@ -127,8 +129,7 @@ class CGGRModel(nn.Module):
         self.first_pass = first_pass
         self.model = model
         self._token_split: TokenSplit | None = None
-        if self._needs_passes(capacity):
-            self._token_split = TokenSplit(model, float8=first_pass == "float8")
+        self._follow_model(capacity)
         self._cache_switch = cache_switch(model)
         self._scores_itself = router is None
         if shift_labels == "auto":  # the model knows; its router may be of another kind
@@ -160,8 +161,11 @@ class CGGRModel(nn.Module):
     def train(self, mode: bool = True) -> CGGRModel:
         """Training mode, or eval mode; the token split's copies of the modules follow."""
         super().train(mode)
-        if self._token_split is not None:
+        if self.split == "sequence":
+            self._follow_model(self.scorer.capacity)
+        elif self._token_split is not None:
             self._token_split.refresh()
+        if self._token_split is not None:
             self._prepare(self._token_split)
         return self
 
@@ -261,31 +265,36 @@ class CGGRModel(nn.Module):
             total, rows = self._sequence_sum(split, kept_inputs, kept_targets, weight_C)
         return reduce_loss(total, rows, eligible.sum(), "mean", num_items_in_batch)
 
-    def _needs_passes(self, capacity: str) -> bool:
-        """Whether parts of the model are run, and not the model itself.
+    def _follow_model(self, capacity: str) -> None:
+        """Takes over what has been changed in the model, or that it is another one.
 
         For whole sequences, the token split's dense pass is a cheaper call of the model in compiled
         and captured steps, in which transformers gives attention a mask that costs time.
         """
-        if self.split == "token":
-            return True
-        is_fast = capacity == "static" or compiler_of(self.model) is not None
-        return is_fast and refusal(self.model) is None
+        split = self._token_split
+        if self.split == "sequence":
+            is_fast = capacity == "static" or compiler_of(self.model) is not None
+            if not (is_fast and runs_as_parts(self.model)):
+                self._token_split = None
+                return
+        if split is None or split.model is not self.model:
+            self._token_split = TokenSplit(self.model, float8=self.first_pass == "float8")
+        elif self.split == "sequence":
+            split.refresh()
 
     def _current_split(self, model_inputs: dict[str, Any], shape: torch.Size) -> TokenSplit | None:
-        """What runs the model on these inputs; None if that is the model itself."""
-        split = self._token_split
+        """What runs the model on these inputs by its parts; None if the model itself does."""
         if not torch.compiler.is_compiling():
-            if not self._needs_passes(self.scorer.capacity):
-                split = None
-            elif split is None or split.model is not self.model:  # it was replaced
-                split = TokenSplit(self.model, float8=self.first_pass == "float8")
-            if split is not None:
+            self._follow_model(self.scorer.capacity)
+        split = self._token_split
+        if split is None:
+            return None
+        if self.split == "token":
+            if not torch.compiler.is_compiling():
                 split.follow()
-            self._token_split = split
-        if self.split == "token" or (split is not None and split.stands_for(model_inputs, shape)):
             return split
-        return None
+        fits = split.model is self.model and complaint(model_inputs, shape) is None
+        return split if fits else None
 
     @property
     def _synchronises(self) -> bool:
@@ -299,6 +308,8 @@ class CGGRModel(nn.Module):
         if self._scores_itself or not isinstance(router, TruncatedRouter) or router.passthrough:
             return None
         own = router.source is unwrapped(self.model) and split.can_be_cut
+        if self.split == "sequence":  # which that router can score whatever became of the model
+            own = own and (router.num_layers or 0) <= split.n_layers
         return router.num_layers if own else None
 
     @property
@@ -454,6 +465,8 @@ class CGGRModel(nn.Module):
         router = self.scorer.router
         if self._scores_itself and self._token_split is not None:
             router = self._token_split.router  # of the model as it is now
+        elif self._scores_itself and unwrapped(router) is not unwrapped(self.model):
+            self.scorer.router = router = own_router(self.model)  # it was replaced
         if hidden is not None and isinstance(router, TruncatedRouter):
             scores = self.scorer.score_hidden(
                 router, hidden.detach(), targets, reference_nll, model_inputs
@@ -478,7 +491,7 @@ class CGGRModel(nn.Module):
             logits = logits_of(call_model(self.model, self._cache_switch | model_inputs))
         else:
             hidden = split.hidden(model_inputs, targets.shape, synchronise=self._synchronises)
-            logits = split.router.project(hidden)
+            logits = split.logits(hidden)
         n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
         targets = checked_targets(
             targets,

@@ -34,7 +34,7 @@ _ADAPTERS = (
 )
 # fmt: on
 # Where a class may have its forward from: theirs, and Liger's, which computes the same.
-_KNOWN_FORWARDS = ("transformers.models.", "liger_kernel.")
+_KNOWN_FORWARDS = ("transformers.", "liger_kernel.", "peft.")
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -70,13 +70,19 @@ def refusal(model: nn.Module) -> str | None:
             f"masked language models of type llama, mistral, qwen2, qwen3, gemma2, gemma3_text, "
             f"phi3, cohere, granite, gpt2, gptj, falcon, gpt_neox, bert, roberta."
         )
-    if "forward" in vars(inner):
-        return (
-            f"{name}.forward was replaced on this model, and its parts are run without it: give "
-            f"accelerate.prepare() the CGGRModel."
-        )
-    if not type(inner).forward.__module__.startswith(_KNOWN_FORWARDS):
-        return f"{name} has a forward of its own, and its parts are run without it."
+    for wrapping in wrappings(model):
+        outer = type(wrapping)
+        if "_orig_mod" in wrapping._modules:  # by torch.compile, whose forward is the model's
+            continue
+        if "forward" in vars(wrapping):
+            return (
+                f"{outer.__name__}.forward was replaced on this model, and its parts are run "
+                f"without it: give accelerate.prepare() the CGGRModel."
+            )
+        # Of the function that is called: functools.wraps copies the name of another's module.
+        origin = getattr(outer.forward, "__globals__", {}).get("__name__", "")
+        if not origin.startswith(_KNOWN_FORWARDS):
+            return f"{outer.__name__} has a forward of its own, and its parts are run without it."
     if getattr(config, "alibi", False):
         return f"{name} has alibi=True: {_ALIBI}."
     if rope := _dynamic_rope(config):

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cggr.torch.cut import Cut
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import in_autocast_dtype
 from cggr.torch.refusal import refusal
 from cggr.torch.rotary import keep_angles
-from cggr.torch.router import call_model, own_router, wrappings
-from cggr.torch.row_inputs import any_of, complaint, split_inputs, take
+from cggr.torch.router import call_model, own_router, room_for_graphs
+from cggr.torch.row_inputs import any_of, split_inputs, take
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
 from cggr.torch.selected import SelectedRows
@@ -32,6 +33,10 @@ from cggr.torch.twin import Twin
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
 # Where layers of transformers and peft keep a probability, or one for each adapter.
 _DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
+
+
+# To record states or attention, transformers adds hooks to modules, which twins share.
+_PLAIN = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
 
 
 class LinearHead(NamedTuple):
@@ -87,6 +92,7 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = compiler_of(model)
+        self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = Twin(self.router.base, _CLASSES)
         self._root: nn.Module | None = None  # of the twin that what follows was made for
@@ -141,20 +147,6 @@ class TokenSplit:
         if self.float8:
             self._check_float8()
         self.refresh()
-
-    def stands_for(self, model_inputs: dict[str, Any], shape: torch.Size) -> bool:
-        """Whether a dense pass, by :meth:`hidden`, is a call of the model to all who might watch.
-
-        Not if there are hooks, which would be called with other modules, or not at all. While a
-        compiler runs, the model is taken to be as it was.
-        """
-        if complaint(model_inputs, shape) is not None:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        outside = (*wrappings(self.model), *self.router.head.modules())
-        watched = any(map(_is_watched, (*outside, *self._modules)))  # twins have the same hooks
-        return not watched and self.can_be_cut and self._can_checkpoint()
 
     def cut(self, depth: int) -> Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""
@@ -279,9 +271,10 @@ class TokenSplit:
         if depth is None:
             return self._first_pass(dense, self._twin.root)
         cut = self.cut(depth)
-        hidden_BSD = self._first_pass(dense, cut.beginning.root)
-        cut.last.output = None
-        return hidden_BSD
+        try:
+            return self._first_pass(dense, cut.beginning.root)
+        finally:
+            cut.last.output = None
 
     def _dense(
         self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
@@ -293,6 +286,16 @@ class TokenSplit:
         visible = self._masks.visible(inputs, shape, synchronise=synchronise)
         dense = self._masks.of_all(inputs, visible, synchronise=synchronise) | extra
         return dense | {"past_key_values": RowCache(records=False)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states, compiled where the model is."""
+        if self._compile is None:
+            return self.router.project(hidden)
+        if self._project is None:
+            self._project = self._compile(self.router.project)
+        with room_for_graphs():
+            logits: Tensor = self._project(hidden)
+        return logits
 
     def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
         """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
@@ -336,6 +339,11 @@ class TokenSplit:
         )
 
     @property
+    def n_layers(self) -> int:
+        """Of the model."""
+        return len(self._layers)
+
+    @property
     def _layers(self) -> list[nn.Module]:
         return list(cast(nn.ModuleList, self._twin.root.get_submodule(self.router.layers_path)))
 
@@ -367,17 +375,13 @@ class TokenSplit:
             return []
         return [module for module in base.modules() if _checkpoints(module)]
 
-    def _can_checkpoint(self) -> bool:
-        modules = self._checkpointed(self._twin.root)
-        return not modules or any(map(_is_layer, modules))
-
     def _base(self, inputs: dict[str, Any], base: nn.Module) -> Tensor:
         """Final hidden states, by a model without head."""
         if self._compile is not None:
             if base not in self._compiled:
                 self._compiled[base] = self._compile(base)
             base = self._compiled[base]
-        return call_model(base, inputs | {"use_cache": False})[0]
+        return call_model(base, inputs | _PLAIN)[0]
 
     def _linear_head(self) -> LinearHead | None:
         head, config = self.router.head, self._source.config
@@ -426,7 +430,7 @@ class TokenSplit:
         """With gradient checkpointing, leaves the layers their cache: a replay finds the same."""
         modules = self._checkpointed(self._twin.root)
         layers = [module for module in modules if _is_layer(module)]
-        if not self._can_checkpoint():
+        if modules and not layers:
             raise ValueError(
                 "gradient checkpointing with split='token' needs a transformers whose checkpointed "
                 "layers can keep a cache (5.17 does): upgrade it, or disable checkpointing."
@@ -438,15 +442,6 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _checkpoints(module: nn.Module) -> bool:
@@ -481,9 +476,36 @@ def _attribute(name: str, value: Any, modules: Sequence[nn.Module]) -> Iterator[
                 setattr(module, name, old)
 
 
-def compiler_of(model: nn.Module) -> Callable[[nn.Module], Any] | None:
+def runs_as_parts(model: nn.Module) -> bool:
+    """Whether nobody can tell a dense pass over the model's parts from a call of the model.
+
+    Not if there are hooks, or a forward or a compiler of a module's own; nor under gradient
+    checkpointing, for which transformers adds a hook.
+    """
+    if refusal(model) is not None or _has_any_global_hook():
+        return False
+    modules = [model]  # modules() takes ten times as long
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or module._compiled_call_impl is not None
+            or _checkpoints(module)
+        ):
+            return False
+        forward = vars(module).get("forward")
+        bound = forward is None or getattr(forward, "__self__", None) is module
+        if not bound and "_orig_mod" not in module._modules:  # torch.compile sets one
+            return False
+        modules += filter(None, module._modules.values())
+    return True
+
+
+def compiler_of(model: nn.Module) -> Callable[[Any], Any] | None:
     """What compiled the model, to compile its part without head alike."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return cast(Callable[[nn.Module], Any], getattr(model, "dynamo_ctx", torch.compile))
+        return cast(Callable[[Any], Any], getattr(model, "dynamo_ctx", torch.compile))
     in_place = getattr(model, "_compiled_call_impl", None)  # model.compile()
     return None if in_place is None else torch.compile

@@ -63,13 +63,16 @@ class Twin:
     def _copy(self, original: nn.Module) -> nn.Module:
         if (twin := self._pairs.get(original)) is not None:
             return twin
+        if isinstance(original, torch.jit.ScriptModule):  # it has no parts to be run otherwise
+            return original
         compiled = original._modules.get("_orig_mod")
         if compiled is not None:  # by torch.compile: it would run the original
             compiler: Any = getattr(original, "dynamo_ctx", torch.compile)
             self._pairs[original] = twin = compiler(self._copy(compiled))
             return twin
         kind = self._classes.get(type(original), type(original))
-        self._pairs[original] = twin = kind.__new__(kind)
+        # Not the class's own way, which may want what its constructor does.
+        self._pairs[original] = twin = object.__new__(kind)
         self._update(original, twin)
         twin._modules = {
             name: None if child is None else self._copy(child)
@@ -135,7 +138,7 @@ class Relayered:
     def _copy(self, original: nn.Module, path: str, layers: list[nn.Module]) -> nn.Module:
         name, _, rest = path.partition(".")
         child = getattr(original, name)
-        twin = type(original).__new__(type(original))
+        twin = object.__new__(type(original))
         self._pairs.append((original, twin))
         layered = self._copy(child, rest, layers) if rest else nn.ModuleList(layers)
         twin.__dict__["_modules"] = original._modules | {name: layered}
