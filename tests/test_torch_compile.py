@@ -217,6 +217,31 @@ def test_a_compiled_model_takes_other_lengths():
         torch.testing.assert_close(loss, module(ids, labels=ids), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("changed", ["hook", "model"])
+def test_a_model_that_something_watches_is_called_in_a_graph_too(changed):
+    options = {"split": "sequence", "capacity": "static", "min_tokens_ratio": 1.0}
+    model, ids = models.build("llama", layers=1), models.token_ids()
+    if changed == "hook":
+
+        def triple(module, args, output):
+            output.logits = 3 * output.logits
+            return output
+
+        model.register_forward_hook(triple)
+    module = CGGRModel(model, **options)
+    train = torch.compile(module, fullgraph=True, backend="eager")
+    first = train(ids, labels=ids)
+    torch.testing.assert_close(first, module(ids, labels=ids), rtol=1e-5, atol=0)
+    if changed == "model":
+        module.model = models.build("llama", layers=1, seed=5)
+        torch.testing.assert_close(
+            train(ids, labels=ids),
+            module.model(ids, labels=ids, use_cache=False).loss,
+            rtol=1e-5,
+            atol=0,
+        )
+
+
 @pytest.mark.parametrize("split", ["token", "sequence"])
 def test_all_passes_at_all_capacities_are_compiled(split):
     model = models.build("llama", layers=2)
