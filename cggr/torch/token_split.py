@@ -484,8 +484,9 @@ def runs_as_parts(model: nn.Module) -> bool:
     """
     if refusal(model) is not None or _has_any_global_hook():
         return False
-    modules = [model]  # modules() takes ten times as long
-    for module in modules:
+    found, known = [model], {model}  # modules() takes ten times as long
+    while found:
+        module = found.pop()
         if (
             module._forward_hooks
             or module._forward_pre_hooks
@@ -499,7 +500,9 @@ def runs_as_parts(model: nn.Module) -> bool:
         bound = forward is None or getattr(forward, "__self__", None) is module
         if not bound and "_orig_mod" not in module._modules:  # torch.compile sets one
             return False
-        modules += filter(None, module._modules.values())
+        children = {child for child in module._modules.values() if child is not None} - known
+        known |= children
+        found += children
     return True
 
 
