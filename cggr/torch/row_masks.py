@@ -34,7 +34,8 @@ class Visible(NamedTuple):
         own_BHSS: The caller's mask, which says it all; None if there is none.
         dtype: Precision of queries and keys.
         by_kernels: Whether attention that needs a mask is by our kernels.
-        has_gaps: Whether there may be padding between tokens, and not at the ends alone.
+        synchronise: Whether the host may ask the device if there is padding between tokens, and not
+            at the ends alone.
     """
 
     length: int
@@ -43,7 +44,7 @@ class Visible(NamedTuple):
     own_BHSS: Tensor | None
     dtype: torch.dtype
     by_kernels: bool
-    has_gaps: bool
+    synchronise: bool
 
 
 class RowMasks:
@@ -85,8 +86,7 @@ class RowMasks:
                 segment_BS = None
         dtype = self._dtype(inputs)
         by_kernels = own_BHSS is None and self._has_kernels(any_of(inputs), dtype)
-        has_gaps = key_BS is not None and not (by_kernels and synchronise and _without_gaps(key_BS))
-        return Visible(shape[1], key_BS, segment_BS, own_BHSS, dtype, by_kernels, has_gaps)
+        return Visible(shape[1], key_BS, segment_BS, own_BHSS, dtype, by_kernels, synchronise)
 
     def of_all(
         self, inputs: dict[str, Tensor], visible: Visible, *, synchronise: bool
@@ -175,7 +175,9 @@ class RowMasks:
         from cggr.torch.row_attention import as_mask
 
         make = functools.partial(_interval, index_BC, visible, causal=self._causal)
-        keys_BS = visible.key_BS if visible.has_gaps else None
+        keys_BS = visible.key_BS
+        if keys_BS is not None and visible.synchronise and _without_gaps(keys_BS):
+            keys_BS = None
         return self._for_layers(lambda window: as_mask(*make(window=window), index_BC, keys_BS))
 
     def _masks(self, index_BC: Tensor, visible: Visible) -> Any:
