@@ -12,7 +12,6 @@ from triton.runtime import interpreter
 
 _patch_lang = interpreter._patch_lang
 _np_dtype = functools.cache(interpreter._get_np_dtype)
-_reduce = interpreter.ReduceOps.generic_reduce
 _replaced = set()  # of tl and tl.core, while a kernel runs
 
 
@@ -40,10 +39,7 @@ def _patch_once(fn):
 def _reduce_in_pairs(self, input):
     given, axis = self.unravel(input, self.axis)
     parts = [x.handle.data for x in given]
-    size = parts[0].shape[axis]
-    if size & (size - 1):
-        return _reduce(self, input)
-    while parts[0].shape[axis] > 1:
+    while parts[0].shape[axis] > 1:  # a power of two, as of all blocks
         # Neighbours, so that the function need not commute.
         pairs = [
             self.to_tensor(part.take(range(start, part.shape[axis], 2), axis), x.dtype)

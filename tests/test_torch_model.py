@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import truth
+from token_steps import of_peft
 from torch import nn
 
 import cggr.torch
@@ -21,7 +22,6 @@ from cggr.torch.token_split import TokenSplit
 CGGRModel = functools.partial(cggr.torch.CGGRModel, split="sequence")
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
 SELECTIONS = truth.SELECTIONS
-of_checkpointing = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def exactly(message):
@@ -483,6 +483,18 @@ def test_right_padding_is_the_models_own_loss_on_masked_labels():
 
 # Ways to run a model on whole sequences
 
+
+@pytest.fixture
+def passes(monkeypatch):
+    """One entry for every dense pass over a model's parts, with gradient."""
+    passes = []
+    hidden = TokenSplit.hidden
+    monkeypatch.setattr(
+        TokenSplit, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
+    )
+    return passes
+
+
 WAYS = {
     "plain": {},
     "left padding": {"side": "left"},
@@ -502,19 +514,10 @@ WAYS = {
         if name != "mamba"
     ],
 )
-def test_without_a_hook_to_call_a_step_is_that_of_the_model_itself(name, way, monkeypatch):
-    passes = []
-    hidden = TokenSplit.hidden
-    monkeypatch.setattr(
-        TokenSplit, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
-    )
+def test_without_a_hook_to_call_a_step_is_that_of_the_model_itself(name, way, passes):
     given = dict(WAYS[way])
-    side, packed, routed = (
-        given.pop("side", None),
-        given.pop("packed", False),
-        "routed" not in given,
-    )
-    given.pop("routed", None)
+    side, packed = given.pop("side", None), given.pop("packed", False)
+    routed = given.pop("routed", True)
     ids, inputs = models.token_ids(6), {}
     if side is not None:
         inputs["attention_mask"] = torch.ones_like(ids)
@@ -545,13 +548,8 @@ def test_without_a_hook_to_call_a_step_is_that_of_the_model_itself(name, way, mo
         assert error <= 1e-5 * gradient.abs().max() + 1e-8, key
 
 
-@of_checkpointing
-def test_what_only_the_model_itself_can_run(monkeypatch):
-    passes = []
-    hidden = TokenSplit.hidden
-    monkeypatch.setattr(
-        TokenSplit, "hidden", lambda *args, **kw: passes.append(1) or hidden(*args, **kw)
-    )
+@of_peft
+def test_what_only_the_model_itself_can_run(passes):
     ids = models.token_ids()
 
     def used(model, wrap=None, capacity="static", **inputs):
@@ -614,7 +612,7 @@ class TripledForCausalLM(transformers.LlamaForCausalLM):
         return type(output)(logits=3 * output.logits)
 
 
-@of_checkpointing
+@of_peft
 def test_a_forward_of_a_class_or_a_wrapper_is_called():
     ids = models.token_ids()
     model = models.build("llama")

@@ -181,13 +181,7 @@ class TokenSplit:
         visible = self._masks.visible(inputs, shape, synchronise=synchronise)
         first = self._masks.of_all(inputs, visible, synchronise=synchronise) | extra
         first["past_key_values"] = cache
-        hidden_BSD, kept = None, None
-        if depth is None:
-            hidden_BSD = self._first_pass(first, self._twin.root)
-        elif depth:
-            cut = self.cut(depth)
-            hidden_BSD = self._first_pass(first, cut.beginning.root)
-            kept, cut.last.output = cut.last.output, None
+        hidden_BSD, kept = (None, None) if depth == 0 else self._beginning(first, depth)
         return Recorded(
             hidden_BSD=hidden_BSD,
             first=first,
@@ -268,11 +262,15 @@ class TokenSplit:
     ) -> Tensor:
         """The same without gradient, of which nothing is recorded, after so many layers."""
         dense = self._dense(model_inputs, shape, synchronise=synchronise)
+        return self._beginning(dense, depth)[0]
+
+    def _beginning(self, inputs: dict[str, Any], depth: int | None) -> tuple[Tensor, Any]:
+        """Hidden states after so many layers, or all, and what the last of not all gave."""
         if depth is None:
-            return self._first_pass(dense, self._twin.root)
+            return self._first_pass(inputs, self._twin.root), None
         cut = self.cut(depth)
         try:
-            return self._first_pass(dense, cut.beginning.root)
+            return self._first_pass(inputs, cut.beginning.root), cut.last.output
         finally:
             cut.last.output = None
 
