@@ -56,6 +56,7 @@ def draw(entries: Iterable[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     found = list(entries)
     base = STEP_CASES[0]
@@ -87,7 +88,13 @@ def draw(entries: Iterable[dict[str, Any]], path: Path) -> None:
                                        marker="o", color=color, label=label)  # fmt: skip
         axes[0][column].set_title(title)
         for row, label in enumerate(("ms a step", "GiB")):
-            axes[row][column].set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
+            panel = axes[row][column]
+            panel.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
+            panel.set_xticks(sorted({shape[key] for shape in shapes}))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+                axis.set_minor_locator(NullLocator())
     axes[0][0].legend()
     figure.savefig(path, dpi=120)
 
