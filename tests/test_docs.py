@@ -18,6 +18,9 @@ def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 3
 
 
+# What a trainer of transformers or TRL warns of on a machine without a GPU, and of its own names.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_of_the_documents_runs(block):
     exec(compile(block, "<document>", "exec"), {"__name__": "__main__"})

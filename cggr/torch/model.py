@@ -21,7 +21,7 @@ from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import aligned_targets, checked_targets
-from cggr.torch.refusal import refusal
+from cggr.torch.refusal import refusal, sharded_alone
 from cggr.torch.router import (
     TruncatedRouter,
     cache_switch,
@@ -286,6 +286,9 @@ class CGGRModel(nn.Module):
         """What runs the model on these inputs by its parts; None if the model itself does."""
         if not torch.compiler.is_compiling():
             self._follow_model(self.scorer.capacity)
+            runs_parts = self.training or self._token_split is not None
+            if runs_parts and (reason := sharded_alone(self.model)) is not None:
+                raise ValueError(reason)
         split = self._token_split
         if split is None:
             return None

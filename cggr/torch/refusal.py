@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -102,6 +103,33 @@ def refusal(model: nn.Module) -> str | None:
             f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
             f"call model.set_attn_implementation('sdpa')."
         )
+    return None
+
+
+def sharded_alone(model: nn.Module) -> str | None:
+    """Why parts of this model cannot be run now: a forward of the whole gathers its parameters."""
+    if "torch.distributed.fsdp" not in sys.modules:  # it takes long to import, for most in vain
+        return None
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    def parameter_of(module: nn.Module) -> nn.Parameter | None:
+        """One that is gathered with the module, and not with a part of it alone."""
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter
+        for part in module.children():
+            if not isinstance(part, FSDPModule) and (found := parameter_of(part)) is not None:
+                return found
+        return None
+
+    for wrapping in wrappings(model):
+        if isinstance(wrapping, FSDPModule) and isinstance(parameter_of(wrapping), DTensor):
+            return (
+                f"{type(wrapping).__name__} was given to fully_shard, and its parts are run "
+                f"without it: give fully_shard the CGGRModel in its place, after the model's "
+                f"layers."
+            )
     return None
 
 

@@ -17,6 +17,8 @@ _SHAPES = {
     "position_ids": "(B, S) or (1, S)",
     "token_type_ids": "(B, S) or (1, S)",
 }
+# What some layers are told of packed sequences, which positions say too.
+_SAID_BY_POSITIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def split_inputs(
@@ -29,14 +31,14 @@ def split_inputs(
     """
     if (reason := complaint(model_inputs, shape)) is not None:
         raise ValueError(reason)
-    given = {name: value for name, value in model_inputs.items() if value is not None}
+    given = _given(model_inputs)
     inputs = {name: given.pop(name) for name in _SHAPES if name in given}
     return inputs, given
 
 
 def complaint(model_inputs: dict[str, Any], shape: torch.Size) -> str | None:
     """Why these inputs cannot be told apart by positions, None if they can."""
-    given = {name: value for name, value in model_inputs.items() if value is not None}
+    given = _given(model_inputs)
     for name in ("past_key_values", "logits_to_keep", "adapter_names", "is_causal"):
         if name in given:
             return f"{name} cannot be given with split='token'; split='sequence' takes it."
@@ -79,6 +81,15 @@ def complaint(model_inputs: dict[str, Any], shape: torch.Size) -> str | None:
             f"scores, got {mask.dtype}."
         )
     return None
+
+
+def _given(model_inputs: dict[str, Any]) -> dict[str, Any]:
+    packed = model_inputs.get("position_ids") is not None
+    return {
+        name: value
+        for name, value in model_inputs.items()
+        if value is not None and not (packed and name in _SAID_BY_POSITIONS)
+    }
 
 
 def any_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,137 @@
+"""Run by torchrun, for test_torch_distributed: every way in many processes against one alone.
+
+A process drives a GPU where there are enough, with NCCL, else the CPU, with gloo. Prints all cases
+as JSON.
+"""
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+from models import build
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import cggr.torch.model as cggr_model
+from cggr.torch import CGGRModel, create_truncated_router
+
+BATCH, LENGTH = 4, 10
+SPLITS = {
+    "token": {"split": "token"},
+    "token, static": {"split": "token", "capacity": "static"},
+    "token, router": {"split": "token", "router": 1},
+    "token, random": {"split": "token", "selection": "random"},
+    "sequence": {"split": "sequence"},
+    "sequence, static": {"split": "sequence", "capacity": "static"},
+    "sequence, router": {"split": "sequence", "router": 1},
+    "sequence, topk": {"split": "sequence", "selection": "topk"},
+}
+WAYS = ("ddp", "fsdp", "trainer")
+MODELS = ("llama", "gpt2")  # gpt2's head is its embedding
+
+
+def routed(model: nn.Module, split: str) -> CGGRModel:
+    options = {"selection": "importance", "warmup_steps": 0, "min_tokens_ratio": 0.3}
+    options |= SPLITS[split]
+    router = create_truncated_router(model, options.pop("router")) if "router" in options else None
+    return CGGRModel(model, router, **options)
+
+
+def wrapped(way: str, model: nn.Module, cggr: CGGRModel):
+    """What a loop calls."""
+    if way == "ddp":
+        return DistributedDataParallel(cggr)
+    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
+    for layer in layers:
+        fully_shard(layer)
+    if way == "fsdp":
+        return fully_shard(cggr)
+    # As CGGRTrainer does: the sharded model's own forward, replaced for one call.
+    fully_shard(model)
+
+    def forward(**inputs):
+        del model.forward
+        return {"loss": cggr(**inputs)}
+
+    def call(ids, *, labels):
+        model.forward = forward
+        return model(input_ids=ids, labels=labels)["loss"]
+
+    return call
+
+
+def compare(name: str, way: str, split: str, labels_RBS: torch.Tensor, ids_RBS: torch.Tensor):
+    """Loss and relative errors of gradients, against ranks run one after the other."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    reference = build(name).to(ids_RBS.device)
+    alone = routed(reference, split)
+    expected = 0.0
+    process_rank = cggr_model.process_rank
+    try:
+        for other in range(world):
+            cggr_model.process_rank = lambda other=other: other
+            alone.scorer.draw_count.fill_(0)
+            loss = alone(ids_RBS[other], labels=labels_RBS[other]) / world
+            loss.backward()
+            expected += loss.item()
+    finally:
+        cggr_model.process_rank = process_rank
+    model = build(name).to(ids_RBS.device)
+    step = wrapped(way, model, routed(model, split))
+    loss = step(ids_RBS[rank], labels=labels_RBS[rank])
+    loss.backward()
+    mean_loss = loss.detach() / world
+    dist.all_reduce(mean_loss)
+    errors = {}
+    for (key, parameter), wanted in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
+        got = parameter.grad
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        scale = wanted.grad.norm().item()
+        errors[key] = (got - wanted.grad).norm().item() / (scale or 1.0)
+    return {"loss": mean_loss.item(), "expected": expected, "errors": errors}
+
+
+def misuse(ids_RBS: torch.Tensor) -> str:
+    """What is said where the model was sharded as a whole, and not what is around it."""
+    model = build("llama").to(ids_RBS.device)
+    cggr = routed(model, "sequence")
+    wrapped("trainer", model, cggr)
+    try:
+        cggr(ids_RBS[0], labels=ids_RBS[0])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= world:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    generator = torch.Generator().manual_seed(1)
+    ids_RBS = torch.randint(3, 60, (world, BATCH, LENGTH), generator=generator).to(device)
+    padded_RBS = ids_RBS.clone()
+    padded_RBS[:, 0, LENGTH // 2 :] = -100
+    empty_RBS = ids_RBS.clone()
+    empty_RBS[1] = -100  # the second process has nothing to learn from
+    labels = {"all": ids_RBS, "padded": padded_RBS, "empty": empty_RBS}
+    rows = [{"misuse": misuse(ids_RBS)}]
+    for name in MODELS:
+        for way in WAYS:
+            for split in SPLITS:
+                for kind, labels_RBS in labels.items():
+                    case = {"model": name, "way": way, "split": split, "labels": kind}
+                    rows.append(case | compare(name, way, split, labels_RBS, ids_RBS))
+    if dist.get_rank() == 0:
+        print(json.dumps({"world": world, "device": device.type, "rows": rows}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""CGGRModel in DistributedDataParallel and fully_shard, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker
+import pytest
+
+WORKER = Path(distributed_worker.__file__)
+WAYS = {
+    "ddp": "DistributedDataParallel around it",
+    "fsdp": "fully_shard of the layers and of it",
+    "trainer": "fully_shard of the model, whose forward is replaced",
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All cases, of one start of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("model", distributed_worker.MODELS)
+@pytest.mark.parametrize("split", distributed_worker.SPLITS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("labels", ["all", "padded", "empty"])
+def test_gradients_are_those_of_one_process(found, model, way, split, labels):
+    case = {"model": model, "way": way, "split": split, "labels": labels}
+    (row,) = (row for row in found["rows"] if case.items() <= row.items())
+    tolerance = 1e-5
+    assert row["loss"] == pytest.approx(row["expected"], abs=tolerance)
+    assert row["expected"] > 0.5
+    wrong = {name: error for name, error in row["errors"].items() if not error < tolerance}
+    assert not wrong
+
+
+def test_a_model_that_was_sharded_by_itself_is_refused(found):
+    said = found["rows"][0]["misuse"]
+    assert "give fully_shard the CGGRModel in its place, after the model's layers" in said
