@@ -57,9 +57,13 @@ REFUSALS = {
         lambda: _with("phi3", rope_parameters={"rope_type": "longrope"}),
         "Phi3ForCausalLM has longrope rotary positions",
     ),
-    "flash": (
-        lambda: _with("llama", _attn_implementation_internal="flash_attention_2"),
-        "LlamaForCausalLM uses 'flash_attention_2' attention",
+    "flash in classes of its own": (
+        lambda: _with("falcon", _attn_implementation_internal="flash_attention_2"),
+        "FalconForCausalLM uses 'flash_attention_2' attention",
+    ),
+    "flex": (
+        lambda: _with("llama", _attn_implementation_internal="flex_attention"),
+        "LlamaForCausalLM uses 'flex_attention' attention",
     ),
     "bidirectional gemma": (
         lambda: _with("gemma3", use_bidirectional_attention=True),

@@ -6,6 +6,11 @@ Labels of :class:`CGGRModel` and :class:`CGGRScorer` are Hugging Face style, tho
 
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
 from cggr.torch.captured import CapturedStep
+from cggr.torch.flash import (
+    enable_flash_attention,
+    get_flash_attention_info,
+    load_model_with_flash_attention,
+)
 from cggr.torch.functional import (
     linear_token_statistics,
     select_tokens,
@@ -28,7 +33,10 @@ __all__ = [
     "TokenStatistics",
     "TruncatedRouter",
     "create_truncated_router",
+    "enable_flash_attention",
+    "get_flash_attention_info",
     "linear_token_statistics",
+    "load_model_with_flash_attention",
     "select_tokens",
     "token_difficulty",
     "token_statistics",

@@ -40,7 +40,7 @@ _KNOWN_FORWARDS = ("transformers.", "liger_kernel.", "peft.")
 
 def refusal(model: nn.Module) -> str | None:
     """Why this model cannot be run on a part of its positions, None if it can."""
-    inner = unwrapped(model)
+    inner: Any = unwrapped(model)
     config, name = getattr(inner, "config", None), type(inner).__name__
     model_type = getattr(config, "model_type", None)
     for wrapping in wrappings(model):
@@ -98,12 +98,19 @@ def refusal(model: nn.Module) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return f"{name} has add_cross_attention=True: nothing is recorded of cross-attention."
     attention = getattr(config, "_attn_implementation", None)
-    if attention not in (None, "eager", "sdpa"):
+    # Where layers look up their attention, they find ours.
+    replaceable = is_flash(attention) and inner._can_set_attn_implementation()
+    if attention not in (None, "eager", "sdpa") and not replaceable:
         return (
             f"{name} uses {attention!r} attention, which takes no mask of selected positions: "
             f"call model.set_attn_implementation('sdpa')."
         )
     return None
+
+
+def is_flash(attention: str | None) -> bool:
+    """Whether it is transformers' name of some version of flash attention."""
+    return attention is not None and attention.startswith("flash_attention_")
 
 
 def sharded_alone(model: nn.Module) -> str | None:

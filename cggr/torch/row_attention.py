@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cggr.torch import selected_attention
 from cggr.torch.functional import autocast_dtype
+from cggr.torch.refusal import is_flash
 
 SDPA, EAGER = "sdpa", "eager"
 ROWS, CAPPED = "cggr_rows", "cggr_capped_rows"  # among transformers' attention functions
@@ -51,9 +52,19 @@ def take_over(configs: list[Any]) -> int:
     return group
 
 
+def without_flash(configs: list[Any]) -> None:
+    """What attends by flash attention, which takes no positions, attends by what does."""
+    for config in configs:
+        if is_flash(config._attn_implementation):
+            config._attn_implementation = EAGER if _caps(config) else SDPA
+
+
 def _is_capped(config: Any) -> bool:
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return capped and config._attn_implementation == EAGER
+    return _caps(config) and config._attn_implementation == EAGER
+
+
+def _caps(config: Any) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def needed_mask(**arguments: Any) -> Tensor | None:

@@ -136,7 +136,9 @@ class RowMasks:
     @property
     def _needs_mask(self) -> bool:
         """Whether attention takes its causality from a mask, which transformers fills by hand."""
-        return self._source.config._attn_implementation != "sdpa"
+        from cggr.torch.row_attention import ROWS, SDPA
+
+        return any(config._attn_implementation not in (SDPA, ROWS) for config in self._configs)
 
     def _dtype(self, inputs: dict[str, Tensor]) -> torch.dtype:
         """Precision of queries and keys, so that nobody converts the mask again in every layer."""

@@ -21,9 +21,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from cggr.torch.cut import Cut
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import in_autocast_dtype
-from cggr.torch.refusal import refusal
+from cggr.torch.refusal import is_flash, refusal
 from cggr.torch.rotary import keep_angles
-from cggr.torch.router import call_model, own_router, room_for_graphs
+from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
@@ -104,7 +104,7 @@ class TokenSplit:
 
     def refresh(self) -> None:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
-        from cggr.torch.row_attention import take_over
+        from cggr.torch.row_attention import take_over, without_flash
 
         if self._twin.original is not self.router.base:
             self._twin = Twin(self.router.base, _CLASSES)
@@ -117,6 +117,14 @@ class TokenSplit:
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
+        if is_flash(self._source.config._attn_implementation):
+            if not self.can_be_cut:
+                raise ValueError(
+                    f"{type(self._source).__name__} uses flash attention, and has modules whose "
+                    f"forward was replaced, which cannot be kept from it: call "
+                    f"model.set_attn_implementation('sdpa')."
+                )
+            without_flash(self._twin.configs)
         as_asked = self._asks and self.can_be_cut
         group = take_over(self._twin.configs) if as_asked else 0
         self._masks.follow(self._twin.configs, group)
@@ -477,10 +485,13 @@ def _attribute(name: str, value: Any, modules: Sequence[nn.Module]) -> Iterator[
 def runs_as_parts(model: nn.Module) -> bool:
     """Whether nobody can tell a dense pass over the model's parts from a call of the model.
 
-    Not if there are hooks, or a forward or a compiler of a module's own; nor under gradient
-    checkpointing, for which transformers adds a hook.
+    Not if there are hooks, or a forward or a compiler of a module's own, or flash attention; nor
+    under gradient checkpointing, for which transformers adds a hook.
     """
     if refusal(model) is not None or _has_any_global_hook():
+        return False
+    config: Any = unwrapped(model).config
+    if is_flash(config._attn_implementation):
         return False
     found, known = [model], {model}  # modules() takes ten times as long
     while found:
