@@ -1,4 +1,4 @@
-"""The command line: ``cggr race``, ``cggr bench`` and ``cggr info``."""
+"""The command line: ``cggr race``, ``cggr score``, ``cggr bench`` and ``cggr info``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from cggr.race.settings import (
     RaceError,
     RaceSettings,
 )
+from cggr.reference import ReferenceFileError
 
 # Frameworks take seconds to import: commands import the one they need, when they need it.
 
@@ -50,7 +51,7 @@ class _Group(click.Group):
     ) -> Any:
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        except (click.ClickException, RaceError, BenchError) as error:
+        except (click.ClickException, RaceError, BenchError, ReferenceFileError) as error:
             message = error.format_message() if isinstance(error, click.ClickException) else error
             click.echo(f"cggr: {' '.join(str(message).split())}", err=True)
             sys.exit(BAD_INPUT)
@@ -285,6 +286,52 @@ def bench(
     from cggr.bench.main import run_benchmarks
 
     run_benchmarks(names, settings, out, Console())
+
+
+@main.command(context_settings={"show_default": True})
+@_options(
+    click.option(
+        "--model",
+        required=True,
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Local folder of a Hugging Face causal language model, with its tokenizer.",
+    ),
+    click.option(
+        "--text",
+        type=_PATH,
+        multiple=True,
+        show_default="the Python standard library's source",
+        help="File or folder; repeatable.",
+    ),
+    click.option(
+        "--output",
+        required=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for tokens and losses; one that was begun is gone on with.",
+    ),
+    click.option("--context", type=_POSITIVE, default=1024, help="Tokens seen at once."),
+    click.option(
+        "--stride", type=_POSITIVE, show_default="half of --context", help="New tokens at once."
+    ),
+    click.option("--batch-size", type=_POSITIVE, default=8),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"
+    ),
+)
+def score(**options: Any) -> None:
+    """Compute a reference model's loss of every token of a text, for scoring="excess_loss".
+
+    Writes OUTPUT/tokens.npy and OUTPUT/losses.npy, which cggr.reference.ReferenceLosses reads for
+    PyTorch and Flax alike. Stopped, it goes on where it was when it is called again.
+    """
+    if options["stride"] is not None and options["stride"] > options["context"]:
+        raise click.BadParameter("more than --context", param_hint="--stride")
+    try:
+        from cggr.score import score_text
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"cggr score needs {error.name}: pip install 'cggr[race]'") from None
+    score_text(**options, console=Console())
 
 
 @main.command()

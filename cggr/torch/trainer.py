@@ -22,6 +22,7 @@ from cggr.spec import RoutingConfig
 from cggr.torch.model import CGGRModel
 from cggr.torch.router import create_truncated_router, wrappings
 
+REFERENCE = "reference_nll"  # a column of the data set, for scoring="excess_loss"
 # What the progress bar has room for.
 _ON_THE_BAR = {"token_ratio": "ratio", "avg_confidence": "confidence", "avg_entropy": "entropy"}
 
@@ -108,6 +109,7 @@ class CGGRTrainer(Trainer):
     ) -> Any:
         """The trainer's own loss in eval mode, the routed loss in training mode."""
         if not model.training:
+            inputs = {name: value for name, value in inputs.items() if name != REFERENCE}
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -125,6 +127,11 @@ class CGGRTrainer(Trainer):
             )
         self._count()
         return found
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if REFERENCE not in self._signature_columns:
+            self._signature_columns.append(REFERENCE)  # which the routed model takes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with the routing's metrics since the last one."""
