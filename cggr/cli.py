@@ -1,4 +1,4 @@
-"""The command line: ``cggr race``, ``cggr score``, ``cggr bench`` and ``cggr info``."""
+"""The command line, ``cggr``: race, score, show, bench and info."""
 
 from __future__ import annotations
 
@@ -332,6 +332,45 @@ def score(**options: Any) -> None:
     except ModuleNotFoundError as error:
         raise click.UsageError(f"cggr score needs {error.name}: pip install 'cggr[race]'") from None
     score_text(**options, console=Console())
+
+
+@main.command(context_settings={"show_default": True})
+@_options(
+    click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    click.option(
+        "--model",
+        required=True,
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Local folder of a Hugging Face causal language model, with its tokenizer.",
+    ),
+    click.option("--scoring", type=click.Choice(SCORINGS), default="combined"),
+    click.option("--selection", type=click.Choice(SELECTIONS), default="importance"),
+    click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25),
+    click.option(
+        "--router-layers", type=_POSITIVE, show_default="the whole model", help="Layers that score."
+    ),
+    click.option("--context", type=click.IntRange(min=2), default=512, help="Tokens a sequence."),
+    click.option("--max-tokens", type=click.IntRange(min=2), default=2048, help="From the start."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+    click.option(
+        "--output",
+        type=click.Path(dir_okay=False, path_type=Path),
+        show_default="FILE.html",
+        help="The page.",
+    ),
+)
+def show(file: Path, output: Path | None, **options: Any) -> None:
+    """Show which tokens of a text a model would be trained on, coloured by difficulty, as HTML."""
+    try:
+        from cggr.show import show_text
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"cggr show needs {error.name}: pip install 'cggr[race]'") from None
+    output = Path(f"{file}.html") if output is None else output
+    found = show_text(file=file, output=output, **options)
+    click.echo(
+        f"{output}: {found['n_selected']:,} of {found['n_tokens']:,} tokens selected, of loss "
+        f"{found['selected_loss']:.3f}; of all {found['loss']:.3f} nats"
+    )
 
 
 @main.command()

@@ -52,8 +52,8 @@ def score_text(
     tokenizer, end_of_text = load_tokenizer(model)
     tokens = encode(tokenizer, [document.text for document in documents], end_of_text)
     stride = max(1, context // 2) if stride is None else stride
-    loaded = _load(model, dtype).to(find_device(device)).eval()
-    _check(loaded, model, context, tokenizer.get_vocab_size())
+    loaded = load_folder(model, dtype).to(find_device(device)).eval()
+    check_size(loaded, model, context, tokenizer.get_vocab_size())
     about = {
         "model": model.name,
         "weights_sha256": _digest(loaded),
@@ -88,7 +88,8 @@ def score_text(
     return reference
 
 
-def _load(folder: Path, dtype: str) -> Any:
+def load_folder(folder: Path, dtype: str) -> Any:
+    """A causal language model from a local folder."""
     transformers.utils.logging.disable_progress_bar()  # the one that there is, is of tokens
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -99,7 +100,8 @@ def _load(folder: Path, dtype: str) -> Any:
         raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
 
 
-def _check(model: Any, folder: Path, context: int, vocab_size: int) -> None:
+def check_size(model: Any, folder: Path, context: int, vocab_size: int) -> None:
+    """Refuses a model that has fewer positions or embeddings than are asked of it."""
     positions = getattr(model.config, "max_position_embeddings", None) or context
     embeddings = model.get_input_embeddings().num_embeddings
     for what, wanted, had, of in (

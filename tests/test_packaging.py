@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_its_kernels_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"cggr", "cggr-0.6.0.dist-info"}
-    assert "cggr/py.typed" in names
+    assert {"cggr/py.typed", "cggr/show.html.j2"} <= set(names)
     for source in (ROOT / "kernels").iterdir():
         if source.suffix in (".py", ".md"):
             assert f"cggr/kernels/{source.name}" in names
