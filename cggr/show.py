@@ -133,10 +133,11 @@ def _page(
     n_targets = int(is_target.sum())
     rank = torch.zeros(len(spans))
     rank[is_target] = difficulty[is_target].argsort().argsort().float() / max(n_targets - 1, 1)
-    tokens = []
-    for i, (begin, end) in enumerate(spans):
-        # What lies between two tokens (some tokenizers drop spaces) belongs to the first.
-        until = spans[i + 1][0] if i + 1 < len(spans) else end
+    tokens, shown = [], 0
+    for i, (_, end) in enumerate(spans):
+        # What lies between two tokens (some tokenizers drop spaces) belongs to the first; so does a
+        # character of which both have bytes.
+        until = max(shown, end, spans[i + 1][0] if i + 1 < len(spans) else 0)
         title = "the first of its sequence: nothing predicts it"
         if is_target[i]:
             title = ", ".join(
@@ -144,12 +145,13 @@ def _page(
             )
         tokens.append(
             ShownToken(
-                text=text[begin : max(until, end)],
+                text=text[shown:until],
                 shade=_DARKEST * float(rank[i]) if is_target[i] else 0.0,
                 selected=bool(found["selected"][i]),
                 title=title,
             )
         )
+        shown = until
     n_selected = int(found["selected"].sum())
     loss, selected_loss = (
         found["nll"][which].mean().item() for which in (is_target, found["selected"])

@@ -13,7 +13,10 @@ from tokenizers import Tokenizer
 
 from cggr.cli import main
 
-TEXT = 'the double of 12 is 24 & <b>not</b> "25"\n\tthe double of 7 is 14\n' * 6
+TEXT = "".join(
+    f'the double of {i} is {2 * i} & <b>not</b> "{i * i}"\n\t— {chr(28450 + i)} of the {i}\n'
+    for i in range(7, 13)
+)
 
 
 class _Page(HTMLParser):

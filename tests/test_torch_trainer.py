@@ -1,5 +1,6 @@
 """CGGRTrainer and TRL's SFTTrainer: the loss, the schedule, what is saved, and resuming."""
 
+import functools
 import json
 
 import pytest
@@ -251,15 +252,175 @@ def test_options_may_be_a_config(tmp_path):
     assert ran.cggr_model.split == "token"
 
 
-REFUSED = {
-    "label_smoothing_factor must be 0, got 0.1": {"label_smoothing_factor": 0.1},
-}
+def without_targets(n):
+    """Data whose first rows have nothing to learn from."""
+    rows = texts()
+    for row in rows[:n]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    return rows
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_a_routed_step_cannot_do_is_refused(tmp_path, message):
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **REFUSED[message])
+def routed_on(folder, data, *, model=None, routing=None, kind=CGGRTrainer, **options):
+    options = {"train_sampling_strategy": "sequential", "max_steps": 3} | options
+    return kind(
+        build("llama") if model is None else model,
+        arguments(folder, **options),
+        train_dataset=data,
+        **{} if kind is Trainer else {"routing": ROUTING | (routing or {})},
+    )
+
+
+@pytest.mark.parametrize("split", ["token", "sequence"])
+@pytest.mark.parametrize("selection", ["importance", "topk"])
+def test_a_step_without_targets_leaves_the_weights(tmp_path, split, selection):
+    routing = {"split": split, "selection": selection}
+    ran = routed_on(tmp_path, without_targets(8), routing=routing, weight_decay=0.0)
+    before = build("llama").state_dict()
+    ran.train()
+    assert losses(ran)[0] == 0
+    assert losses(ran)[1] > 1
+    after = ran.model.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_padding_counts_as_the_trainer_counts(tmp_path):
+    data = []
+    for i, row in enumerate(texts()):
+        n_padding = i % 4
+        mask = torch.ones_like(row["labels"])
+        mask[:n_padding] = 0  # on the left, and its labels are not masked
+        data.append(row | {"attention_mask": mask})
+    every = {"selection": "random", "min_tokens_ratio": 1.0, "split": "token"}
+    ran = routed_on(tmp_path, data, routing=every, max_steps=1)
+    ran.train()
+    model = build("llama")
+    total, count = 0.0, 0
+    for row in data[:8]:
+        with torch.no_grad():
+            logits = model(
+                row["input_ids"][None], attention_mask=row["attention_mask"][None]
+            ).logits
+        kept = row["attention_mask"].bool()
+        targets = row["labels"][1:][kept[:-1]]
+        total += torch.nn.functional.cross_entropy(
+            logits[0, :-1][kept[:-1]], targets, reduction="sum"
+        ).item()
+        count += len(targets)
+    assert losses(ran)[0] == pytest.approx(total / count, rel=1e-5)
+    (entry,) = (entry for entry in ran.state.log_history if "loss" in entry)
+    assert entry["tokens_total"] == count
+
+
+def test_a_forward_of_the_models_own_is_kept(tmp_path):
+    model = build("llama")
+    own, calls = model.forward, []
+
+    @functools.wraps(own)  # from whose signature the trainer knows which columns it takes
+    def forward(*args, **inputs):
+        calls.append(inputs)
+        return own(*args, **inputs)
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="forward was replaced on this model"):
+        routed_on(tmp_path, texts(), model=model, routing={"split": "token"})
+    ran = routed_on(tmp_path, texts(), model=model, routing={"split": "sequence"})
+    ran.train()
+    assert len(calls) >= 3 * ACCUMULATED
+    assert model.forward is forward
+    late = routed_on(tmp_path, texts(), routing={"split": "token"})
+    late.model.forward = forward
+    with pytest.raises(ValueError, match="forward was replaced on this model"):
+        late.train()
+    assert late.model.forward is forward
+
+
+def test_an_error_in_a_step_leaves_the_model_as_it_was(tmp_path):
+    ran = routed_on(tmp_path, texts())
+
+    def fail(module, inputs):
+        raise KeyboardInterrupt
+
+    hook = ran.model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        ran.train()
+    assert "forward" not in vars(ran.model)
+    hook.remove()
+    ran.train()
+    fresh = routed_on(tmp_path, texts())
+    fresh.train()
+    assert losses(ran) == losses(fresh)
+
+
+def test_an_unrouted_step_is_an_error(tmp_path):
+    ran = routed_on(tmp_path, texts())
+    other = build("llama")
+    message = "LlamaForCausalLM ran a step that was not routed"
+    with pytest.raises(RuntimeError, match=message), ran._routed(other):
+        pass
+
+
+def test_batches_without_labels_are_refused(tmp_path):
+    data = [{"input_ids": row["input_ids"]} for row in texts()]
+    ran = routed_on(tmp_path, data)
+    with pytest.raises(ValueError, match="labels must be in every batch of a routed step, got inp"):
+        ran.train()
+
+
+def test_a_model_that_is_compiled_already(tmp_path):
+    plain = routed_on(tmp_path, texts())
+    plain.train()
+    compiled = torch.compile(build("llama"), backend="eager", dynamic=False)
+    ran = routed_on(tmp_path, texts(), model=compiled, remove_unused_columns=False)
+    made = ran.cggr_model
+    ran.train()
+    assert ran.cggr_model is made
+    torch.testing.assert_close(losses(ran), losses(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_run_counts_anew(tmp_path):
+    ran = routed_on(tmp_path, texts(), logging_steps=2)
+    ran.train()
+    first = [entry["token_ratio"] for entry in ran.state.log_history if "loss" in entry]
+    ran.train()
+    again = [entry["token_ratio"] for entry in ran.state.log_history if "loss" in entry]
+    assert again == pytest.approx(first, abs=0.02)
+
+
+def test_no_two_forwards_have_the_same_draw(tmp_path):
+    draws = []
+    ran = routed_on(
+        tmp_path, texts(20), gradient_accumulation_steps=3, max_steps=5, num_train_epochs=3
+    )
+    step = ran.cggr_model.forward
+
+    def recorded(*args, **inputs):
+        draws.append(int(ran.cggr_model.scorer.draw_count))
+        return step(*args, **inputs)
+
+    ran.cggr_model.forward = recorded
+    ran.train()
+    assert len(draws) > 10
+    assert len(set(draws)) == len(draws)
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
+        trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_encoder_decoders_and_learned_prompts_are_refused(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = build("llama")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="must be an encoder or a decoder, got one with both"):
+        routed_on(tmp_path, texts(), model=model)
+    prompted = get_peft_model(
+        build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match="must not learn a prompt"):
+        routed_on(tmp_path, texts(), model=prompted)
 
 
 def test_a_loss_of_ones_own_is_refused(tmp_path):
@@ -284,8 +445,16 @@ def test_experts_that_would_not_be_balanced_are_refused(tmp_path):
 def test_options_that_are_wrong_are_refused(tmp_path):
     with pytest.raises(TypeError, match="routing must be a RoutingConfig or a mapping"):
         CGGRTrainer(build("llama"), arguments(tmp_path), routing=0.25)
-    with pytest.raises(ValueError, match="min_tokens_ratio"):
-        CGGRTrainer(build("llama"), arguments(tmp_path), routing={"min_tokens_ratio": 2.0})
+    for routing, message in (
+        ({"min_tokens_ratio": 2.0}, "min_tokens_ratio"),
+        ({"model": 1}, "routing must not have 'model'"),
+        ({"ignore_index": 0}, "ignore_index must be -100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CGGRTrainer(build("llama"), arguments(tmp_path), routing=routing)
+    for router in (1.5, True):
+        with pytest.raises(TypeError, match=r"routing\['router'\] must be a module or a number"):
+            CGGRTrainer(build("llama"), arguments(tmp_path), routing={"router": router})
 
 
 def test_with_cggr():
@@ -293,5 +462,15 @@ def test_with_cggr():
     assert with_cggr(CGGRTrainer) is CGGRTrainer
     assert with_cggr(Seq2SeqTrainer) is with_cggr(Seq2SeqTrainer)
     assert with_cggr(Seq2SeqTrainer).__mro__[1:3] == (CGGRTrainer, Seq2SeqTrainer)
-    with pytest.raises(TypeError, match="trainer must be a subclass of"):
-        with_cggr(torch.nn.Module)
+    for wrong in (torch.nn.Module, []):
+        with pytest.raises(TypeError, match="trainer must be a subclass of"):
+            with_cggr(wrong)
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused():
+    class Mine(Trainer):
+        def compute_loss(self, model, inputs, **others):
+            return 0 * super().compute_loss(model, inputs, **others)
+
+    with pytest.raises(ValueError, match="got Mine, whose loss is Mine's"):
+        with_cggr(Mine)

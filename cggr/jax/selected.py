@@ -117,6 +117,7 @@ def reduce_loss(
         return mean, denominator
     if not isinstance(num_items, Array) and not num_items > 0:
         raise ValueError(f"num_items_in_batch must be positive, got {num_items}.")
+    num_items = jnp.where(num_items == 0, 1, num_items)  # 0 where nothing is eligible: 0 / 1
     return mean * n_eligible.astype(mean.dtype) / num_items, denominator
 
 

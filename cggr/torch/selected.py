@@ -165,6 +165,8 @@ def reduce_loss(
             raise ValueError("num_items_in_batch needs reduction='mean', got reduction='sum'.")
         if not isinstance(num_items, Tensor) and not num_items > 0:
             raise ValueError(f"num_items_in_batch must be positive, got {num_items}.")
+        if isinstance(num_items, Tensor):  # 0 where nothing is eligible, and then the sum is 0
+            num_items = num_items.masked_fill(num_items == 0, 1)
         if rows.weight_R is not None:
             return weighted_sum / num_items
         share = n_eligible.to(weighted_sum.dtype) / rows.n_selected.clamp(min=1).to(

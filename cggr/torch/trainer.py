@@ -14,15 +14,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from cggr.spec import RoutingConfig
+from cggr.torch.functional import aligned_targets
 from cggr.torch.model import CGGRModel
 from cggr.torch.router import create_truncated_router, wrappings
 
 REFERENCE = "reference_nll"  # a column of the data set, for scoring="excess_loss"
+_IGNORED = -100  # of labels, in all of transformers
 # What the progress bar has room for.
 _ON_THE_BAR = {"token_ratio": "ratio", "avg_confidence": "confidence", "avg_entropy": "entropy"}
 
@@ -73,6 +77,11 @@ class CGGRTrainer(Trainer):
     """
 
     cggr_model: CGGRModel
+    # Of the steps since the last log: sums of metrics, forwards, steps, seconds.
+    _totals: Tensor | None
+    _n_forwards: int
+    _n_steps: int
+    _seconds: float
 
     def __init__(
         self,
@@ -90,14 +99,22 @@ class CGGRTrainer(Trainer):
                 f"{type(routing).__name__}."
             )
         self._routing = dict(routing)
+        router = self._routing.get("router")
+        if isinstance(router, bool) or not isinstance(router, (int, nn.Module, type(None))):
+            raise TypeError(
+                f"routing['router'] must be a module or a number of layers, got {router!r}."
+            )
+        if "model" in self._routing:
+            raise ValueError("routing must not have 'model', which is the trainer's.")
         super().__init__(*args, **kwargs)
-        if complaint := _complaint(self):
+        if complaint := _complaint(self, router):
             raise ValueError(complaint)
+        if isinstance(router, nn.Module):
+            router.to(self.args.device)
         self._follow_model()
-        self._totals: Tensor | None = None
-        self._n_forwards = 0
-        self._n_steps = 0
-        self._seconds = 0.0
+        if (ignored := self.cggr_model.config.ignore_index) != _IGNORED:
+            raise ValueError(f"ignore_index must be {_IGNORED}, as the trainer's, got {ignored}.")
+        self._forget_metrics()
         self.add_callback(_Schedule(self))
 
     def compute_loss(
@@ -116,7 +133,8 @@ class CGGRTrainer(Trainer):
         self._follow_model()
         # What torch.compile made would trace the routed step; it has compiled parts instead.
         model = getattr(model, "_orig_mod", model)
-        with self._routed(), self.accelerator.autocast():
+        called = model.module if isinstance(model, DistributedDataParallel) else model
+        with self._routed(called), self.accelerator.autocast():
             # Not the next class's, which may want logits for metrics of its own.
             found = Trainer.compute_loss(
                 self,
@@ -128,6 +146,25 @@ class CGGRTrainer(Trainer):
         self._count()
         return found
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The trainer's, of labels without those that no step is trained on, so that it counts so.
+
+        A routed step leaves out what is predicted at padding, or is padding, whatever its label.
+        """
+        return super().get_batch_samples(map(self._counted, epoch_iterator), *args, **kwargs)
+
+    def _counted(self, batch: Any) -> Any:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not (isinstance(mask, Tensor) and mask.dim() == 2 and "labels" in batch):
+            return batch
+        shift = self.cggr_model.scorer.shifts_labels()
+        targets = aligned_targets(batch["labels"], mask, shift=shift, ignore_index=_IGNORED)
+        if shift:
+            targets = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=_IGNORED)
+        return {**batch, "labels": targets}
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if REFERENCE not in self._signature_columns:
@@ -136,41 +173,57 @@ class CGGRTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with the routing's metrics since the last one."""
         if "loss" in logs:
-            logs.update(self._metrics_since_last())
+            logs = logs | self._metrics_since_last()
         super().log(logs, *args, **kwargs)
 
     def _follow_model(self) -> None:
         """A routed model of the trainer's model as it is now: model_init may make another."""
         model = self.model
         known = getattr(getattr(self, "cggr_model", None), "model", None)
-        if known is not None and getattr(known, "_orig_mod", known) is model:
+        if known is not None and _uncompiled(known) is _uncompiled(model):
             return
         options = dict(self._routing)
         if isinstance(options.get("router"), int):
             options["router"] = create_truncated_router(model, num_layers=options["router"])
         dynamo = self.accelerator.state.dynamo_plugin
-        if self.args.torch_compile and not dynamo.use_regional_compilation:
+        if dynamo.backend != DynamoBackend.NO:
             options.setdefault("capacity", "static")
-            model = torch.compile(model, **dynamo.to_kwargs() | {"dynamic": False})
+            if _uncompiled(model) is model:
+                model = torch.compile(model, **dynamo.to_kwargs() | {"dynamic": False})
         with _own_forward(self.model):
             self.cggr_model = CGGRModel(model, **options)
 
     @contextlib.contextmanager
-    def _routed(self) -> Iterator[None]:
-        """The model's next forward, within whatever it is wrapped in, is the routed one."""
-        model, routed = self.model, self.cggr_model
-        routed.training = True  # of itself: the trainer's model has been put into its mode
-        with _own_forward(model):
+    def _routed(self, called: nn.Module) -> Iterator[None]:
+        """The next forward of this module, within whatever it is wrapped in, is the routed one."""
+        routed, entered = self.cggr_model, False
+        with _own_forward(called):
+            own = vars(called).get("forward")
+
+            def put_back() -> None:
+                if own is not None:
+                    called.forward = own
+                else:
+                    called.__dict__.pop("forward", None)
 
             def forward(*args: Any, **inputs: Any) -> dict[str, Any]:
-                del model.forward  # which the routed model calls, and not this one
+                nonlocal entered
+                entered = True
+                put_back()  # the routed model calls it
+                if inputs.get("labels") is None:
+                    raise ValueError(
+                        f"labels must be in every batch of a routed step, got "
+                        f"{', '.join(name for name, x in inputs.items() if x is not None)}."
+                    )
                 return {"loss": routed(*args, **inputs)}
 
-            model.forward = forward
+            called.forward = forward
             try:
                 yield
             finally:
-                model.__dict__.pop("forward", None)
+                put_back()
+        if not entered:
+            raise RuntimeError(f"{type(called).__name__} ran a step that was not routed.")
 
     def _count(self) -> None:
         values = [
@@ -193,8 +246,12 @@ class CGGRTrainer(Trainer):
             metrics[name] = total / (self._n_steps if of_a_step else self._n_forwards)
         metrics.pop("step")  # the trainer's, which it logs itself
         metrics["step_seconds"] = self._seconds / self._n_steps
-        self._totals, self._n_forwards, self._n_steps, self._seconds = None, 0, 0, 0.0
+        self._forget_metrics()
         return metrics
+
+    def _forget_metrics(self) -> None:
+        self._totals = None
+        self._n_forwards, self._n_steps, self._seconds = 0, 0, 0.0
 
 
 class _Schedule(TrainerCallback):
@@ -202,20 +259,27 @@ class _Schedule(TrainerCallback):
 
     def __init__(self, trainer: CGGRTrainer) -> None:
         self._trainer, self._begun = trainer, 0.0
+        self._step: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = None
+        self._trainer._forget_metrics()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         trainer._follow_model()
         scorer = trainer.cggr_model.scorer
-        scorer.set_step(state.global_step)
-        # No forward of the run has another's draw, and a resumed one has that of before.
-        scorer.draw_count.fill_(state.global_step * args.gradient_accumulation_steps)
+        if state.global_step != self._step:  # an epoch may end before its last step does
+            self._step = state.global_step
+            scorer.set_step(state.global_step)
+            # No forward of the run has another's draw, and a resumed one has that of before.
+            scorer.draw_count.fill_(state.global_step * args.gradient_accumulation_steps)
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._seconds += time.perf_counter() - self._begun
         self._trainer._n_steps += 1
-        self._trainer.cggr_model.step()
+        self._trainer.cggr_model.set_step(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -229,34 +293,52 @@ class _Schedule(TrainerCallback):
                 callback.training_bar.set_postfix(shown)
 
 
-@functools.cache
 def with_cggr(trainer: type[Trainer]) -> type[Trainer]:
     """A routed subclass of a trainer: ``with_cggr(SFTTrainer)(model, routing={...}, ...)``.
 
     Args:
-        trainer: :class:`transformers.Trainer` or a class derived from it.
+        trainer: :class:`transformers.Trainer`, TRL's SFTTrainer, or a class derived from one of
+            them whose loss is theirs.
 
     Returns:
         A subclass of it and of :class:`CGGRTrainer`.
 
     Raises:
         TypeError: `trainer` is no such class.
+        ValueError: It computes another loss.
 
     Example:
-        >>> from transformers import Seq2SeqTrainer
-        >>> with_cggr(Seq2SeqTrainer).__name__
-        'CGGRSeq2SeqTrainer'
+        >>> class Mine(Trainer):
+        ...     pass
+        >>> with_cggr(Mine).__name__
+        'CGGRMine'
     """
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise TypeError(f"trainer must be a subclass of transformers.Trainer, got {trainer}.")
     if issubclass(trainer, CGGRTrainer):
         return trainer
+    owner = next(kind for kind in trainer.__mro__ if "compute_loss" in vars(kind))
+    is_sft = owner.__name__ == "SFTTrainer" and owner.__module__.startswith("trl.")
+    if not (owner is Trainer or is_sft):
+        raise ValueError(
+            f"trainer must have the loss of Trainer or of TRL's SFTTrainer, which the routed loss "
+            f"takes the place of, got {trainer.__name__}, whose loss is {owner.__name__}'s."
+        )
+    return _subclass(trainer)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _subclass(trainer: type[Trainer]) -> type[Trainer]:
     if trainer is Trainer:
         return CGGRTrainer
     return type(f"CGGR{trainer.__name__}", (CGGRTrainer, trainer), {"__doc__": trainer.__doc__})
 
 
-def _complaint(trainer: Any) -> str | None:
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _complaint(trainer: Any, router: Any) -> str | None:
     """Why a routed step cannot do what the trainer is asked for, None if it can."""
     args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     if args.n_gpu > 1:
@@ -279,7 +361,16 @@ def _complaint(trainer: Any) -> str | None:
         return "loss_type must be 'nll', got 'dft': the routed loss takes its place."
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "parallelism_config must not split sequences: tokens are selected in whole ones."
+    if trainer.accelerator.state.dynamo_plugin.use_regional_compilation:
+        return "use_regional_compilation must be off: a routed step compiles the whole model."
+    if trainer.model_init is not None and isinstance(router, nn.Module):
+        return "routing['router'] must be a number of layers with model_init, got a module."
     config = getattr(trainer.model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "model must be an encoder or a decoder, got one with both."
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            return "model must not learn a prompt, which has positions without tokens."
     get_text_config = getattr(config, "get_text_config", lambda: config)
     if getattr(get_text_config(), "output_router_logits", False):
         return (
