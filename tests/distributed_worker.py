@@ -6,6 +6,7 @@ as JSON.
 
 import json
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from models import build
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import cggr.torch.model as cggr_model
 from cggr.torch import CGGRModel, create_truncated_router
+from cggr.torch.trainer import CGGRTrainer
 
 BATCH, LENGTH = 4, 10
 SPLITS = {
@@ -107,6 +110,64 @@ def misuse(ids_RBS: torch.Tensor) -> str:
     return ""
 
 
+def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
+    """Largest distance of a weight after CGGRTrainer's steps, from those of a plain loop."""
+    device = "cpu" if not torch.cuda.is_available() else "cuda"
+    steps, world, ids = 3, dist.get_world_size(), torch.arange(3, 63)
+    rows = torch.stack([ids.roll(3 * i)[:LENGTH] for i in range(steps * world * BATCH)])
+    labels = rows.clone()
+    if empty:  # what the second process has in the first step
+        labels[BATCH : 2 * BATCH] = -100
+    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            average_tokens_across_devices=average,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            bf16=False,
+            use_cpu=device == "cpu",
+        )
+        options = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.3}
+        ran = CGGRTrainer(build("llama"), args, train_dataset=data, routing=options | SPLITS[split])
+        ran.train()
+    model = build("llama").to(device)
+    alone = CGGRModel(model, **options | SPLITS[split])
+    process_rank = cggr_model.process_rank
+    for step in range(steps):
+        n_items = [
+            (labels[(step * world + rank) * BATCH :][:BATCH, 1:] != -100).sum()
+            for rank in range(world)
+        ]
+        for rank in range(world):
+            part = slice((step * world + rank) * BATCH, (step * world + rank + 1) * BATCH)
+            cggr_model.process_rank = lambda rank=rank: rank
+            alone.scorer.draw_count.fill_(step)
+            items = sum(n_items) if average else n_items[rank] * world
+            loss = alone(
+                rows[part].to(device), labels=labels[part].to(device), num_items_in_batch=items
+            )
+            loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+        alone.step()
+    cggr_model.process_rank = process_rank
+    pairs = zip(ran.model.parameters(), model.parameters(), strict=True)
+    distance = max((got - wanted).abs().max().item() for got, wanted in pairs)
+    moved = zip(model.parameters(), build("llama").to(device).parameters(), strict=True)
+    return {"distance": distance, "moved": max((a - b).abs().max().item() for a, b in moved)}
+
+
 def main() -> None:
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
@@ -128,6 +189,11 @@ def main() -> None:
                 for kind, labels_RBS in labels.items():
                     case = {"model": name, "way": way, "split": split, "labels": kind}
                     rows.append(case | compare(name, way, split, labels_RBS, ids_RBS))
+    for split in ("token", "sequence"):
+        for empty in (False, True):
+            for average in (False, True):
+                case = {"trainer": split, "empty": empty, "average": average}
+                rows.append(case | train(split, empty=empty, average=average))
     if dist.get_rank() == 0:
         print(json.dumps({"world": world, "device": device.type, "rows": rows}))
     dist.destroy_process_group()
