@@ -200,6 +200,19 @@ def test_an_array_of_items_is_as_good_as_a_number():
     assert got == approx(want, rel=1e-6)
 
 
+def test_an_optimizer_step_without_targets_is_zero_and_so_is_its_gradient():
+    logits = jnp.ones((2, 3, 5))
+    targets = jnp.full((2, 3), -100)
+    config = RoutingConfig(selection="importance")
+
+    def loss(x):
+        return cggr_loss(x, targets, config, step=0, num_items_in_batch=jnp.int32(0))[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    assert value == 0
+    assert not gradient.any()
+
+
 def test_tokens_without_batch_are_one_sequence():
     config = config_of(selection="stratified", scope="sequence")
     logits, targets = batch()

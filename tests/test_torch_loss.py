@@ -747,3 +747,13 @@ def test_importance_is_unbiased_in_loss_and_gradient(scope):
         error = np.std(samples, ddof=1) / math.sqrt(len(samples))
         assert 0 < 4 * error < 0.1 * want  # sharp enough to see a bias of a tenth
         assert abs(np.mean(samples) - want) < 4 * error
+
+
+@pytest.mark.parametrize("selection", ["importance", "topk"])
+def test_an_optimizer_step_without_targets_is_zero_and_so_is_its_gradient(selection):
+    logits = torch.ones(2, 3, 5, requires_grad=True)
+    targets = torch.full((2, 3), -100)
+    loss = CGGRLoss(selection=selection)(logits, targets, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
