@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +22,7 @@ from cggr.race.pretrained import load_tokenizer
 from cggr.race.settings import RaceError
 from cggr.race.text import read_documents, source_name
 from cggr.race.tokens import encode
-from cggr.race.torch_lanes import find_device
+from cggr.race.torch_lanes import find_device, load_folder
 from cggr.reference import ReferenceLosses
 from cggr.torch.reference import score_reference
 
@@ -52,7 +51,7 @@ def score_text(
     tokenizer, end_of_text = load_tokenizer(model)
     tokens = encode(tokenizer, [document.text for document in documents], end_of_text)
     stride = max(1, context // 2) if stride is None else stride
-    loaded = load_folder(model, dtype).to(find_device(device)).eval()
+    loaded = load_folder(model, getattr(torch, dtype)).to(find_device(device)).eval()
     check_size(loaded, model, context, tokenizer.get_vocab_size())
     about = {
         "model": model.name,
@@ -86,18 +85,6 @@ def score_text(
     mean = float(reference.losses[:n_targets].mean())
     console.print(f"{n_targets:,} losses in {output}, {mean:.4f} nats a token in the mean.")
     return reference
-
-
-def load_folder(folder: Path, dtype: str) -> Any:
-    """A causal language model from a local folder."""
-    transformers.utils.logging.disable_progress_bar()  # the one that there is, is of tokens
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=getattr(torch, dtype)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
 
 
 def check_size(model: Any, folder: Path, context: int, vocab_size: int) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from cggr.race.pretrained import load_tokenizer
 from cggr.race.settings import RaceError
 from cggr.race.text import read_documents
-from cggr.race.torch_lanes import find_device
-from cggr.score import check_size, load_folder
+from cggr.race.torch_lanes import find_device, load_folder
+from cggr.score import check_size
 from cggr.spec import RoutingConfig
 from cggr.torch import CGGRScorer, create_truncated_router, select_tokens
 from cggr.torch.functional import aligned_targets
@@ -61,7 +61,7 @@ def show_text(
     context = min(context, len(ids))
     if context < 2:
         raise RaceError(f"{file}: {len(ids)} tokens, of which none has one before it to tell it by")
-    loaded = load_folder(model, "float32").to(find_device(device)).eval()
+    loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
     check_size(loaded, model, context, tokenizer.get_vocab_size())
     router = loaded if router_layers is None else create_truncated_router(loaded, router_layers)
     config = RoutingConfig(

@@ -198,14 +198,7 @@ def load_model(
     folder: Path, settings: RaceSettings, corpus: Corpus
 ) -> transformers.PreTrainedModel:
     """Loads a causal language model from a local folder, in float32."""
-    transformers.utils.logging.disable_progress_bar()  # an error is to be the only line
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
+    model = load_folder(folder, torch.float32)
     model.config.use_cache = False
     # Not every family of models has the last two numbers.
     check_fit(
@@ -216,6 +209,18 @@ def load_model(
         layers=getattr(model.config, "num_hidden_layers", settings.router_layers),
     )
     return model
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """Loads a causal language model from a local folder, whatever it is for."""
+    transformers.utils.logging.disable_progress_bar()  # an error is to be the only line
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
 
 
 def count_parameters(settings: RaceSettings, corpus: Corpus) -> int:

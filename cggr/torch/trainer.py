@@ -132,7 +132,7 @@ class CGGRTrainer(Trainer):
             )
         self._follow_model()
         # What torch.compile made would trace the routed step; it has compiled parts instead.
-        model = getattr(model, "_orig_mod", model)
+        model = _uncompiled(model)
         called = model.module if isinstance(model, DistributedDataParallel) else model
         with self._routed(called), self.accelerator.autocast():
             # Not the next class's, which may want logits for metrics of its own.
