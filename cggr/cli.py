@@ -112,6 +112,19 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 _PATH = click.Path(exists=True, path_type=Path)
 _POSITIVE = click.IntRange(min=1)
+_MODEL = click.option(
+    "--model",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Local folder of a Hugging Face causal language model, with its tokenizer.",
+)
+_TEXT = click.option(
+    "--text",
+    type=_PATH,
+    multiple=True,
+    show_default="the Python standard library's source",
+    help="File or folder; repeatable.",
+)
 
 
 @main.command(context_settings={"show_default": True})
@@ -144,13 +157,7 @@ _POSITIVE = click.IntRange(min=1)
     click.option(
         "--router-layers", type=_POSITIVE, default=1, help="Layers of the router that scores."
     ),
-    click.option(
-        "--text",
-        type=_PATH,
-        multiple=True,
-        show_default="the Python standard library's source",
-        help="File or folder; repeatable.",
-    ),
+    _TEXT,
     click.option(
         "--model",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -290,19 +297,8 @@ def bench(
 
 @main.command(context_settings={"show_default": True})
 @_options(
-    click.option(
-        "--model",
-        required=True,
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Local folder of a Hugging Face causal language model, with its tokenizer.",
-    ),
-    click.option(
-        "--text",
-        type=_PATH,
-        multiple=True,
-        show_default="the Python standard library's source",
-        help="File or folder; repeatable.",
-    ),
+    _MODEL,
+    _TEXT,
     click.option(
         "--output",
         required=True,
@@ -337,12 +333,7 @@ def score(**options: Any) -> None:
 @main.command(context_settings={"show_default": True})
 @_options(
     click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-    click.option(
-        "--model",
-        required=True,
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Local folder of a Hugging Face causal language model, with its tokenizer.",
-    ),
+    _MODEL,
     click.option("--scoring", type=click.Choice(SCORINGS), default="combined"),
     click.option("--selection", type=click.Choice(SELECTIONS), default="importance"),
     click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25),
