@@ -120,3 +120,20 @@ def store_statistics(
         squares += tl.where(label_is_top, 0.0, 1.0 - label_e * label_e)
         norm = tl.sqrt(error * error + squares) / exp_sum
         tl.store(out_ptr + 5 * stride, tl.where(ignored, 0.0, norm + fault), mask=valid_row)
+
+
+@triton.jit
+def store_sums(out_ptr, n_rows, row, valid_row, top, second, rest, weighted, squares, label_logit):
+    """What statistics are made of, for classes that are a part of all: six rows of `n_rows`.
+
+    top, second, ``Σ e``, ``Σ e (x - top)``, ``Σ e²`` and the label's logit, over all of these
+    classes but one largest.
+    """
+    out_ptr += row
+    stride = tl.cast(n_rows, tl.int64)
+    tl.store(out_ptr, top, mask=valid_row)
+    tl.store(out_ptr + stride, second, mask=valid_row)
+    tl.store(out_ptr + 2 * stride, rest, mask=valid_row)
+    tl.store(out_ptr + 3 * stride, weighted * LN_2, mask=valid_row)
+    tl.store(out_ptr + 4 * stride, squares, mask=valid_row)
+    tl.store(out_ptr + 5 * stride, label_logit, mask=valid_row)

@@ -14,7 +14,7 @@ Legend: ``M`` rows of a block, ``C`` classes of a tile, ``K`` of the hidden size
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2_E, Launch, capped_logits, exponent_of, store_statistics
+from .arithmetic import LOG2_E, Launch, capped_logits, exponent_of, store_statistics, store_sums
 
 _PROGRAMS = 132  # multiprocessors of an H100 or H200, one program on each
 # Stands for -inf and all below: its differences and their products with an exponential of 0 are
@@ -32,6 +32,7 @@ def linear_token_statistics_launch(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sums: bool = False,
 ) -> tuple[Launch, Launch, int, int]:
     """Launches of :func:`linear_sums_kernel` and :func:`join_sums_kernel`.
 
@@ -44,6 +45,7 @@ def linear_token_statistics_launch(
         ignore_index: Target whose nll and error norm are 0.
         logit_scale: Factor of the logits, before the soft-cap.
         softcap: Soft-cap of the logits; none when None.
+        sums: Store what :func:`store_sums` says instead of statistics.
 
     Returns:
         Both launches, the number of splits, and the classes of a split.
@@ -59,7 +61,7 @@ def linear_token_statistics_launch(
     split_classes = triton.cdiv(tiles, splits) * tile
     splits = triton.cdiv(n_classes, split_classes)
     common = {"V": n_classes, "HAS_TARGET": has_target}
-    sums = Launch(
+    sum_up = Launch(
         (blocks, splits),
         common
         | {
@@ -76,10 +78,10 @@ def linear_token_statistics_launch(
     )
     join = Launch(
         (triton.cdiv(n_rows, 128),),
-        common | {"IGNORE_INDEX": ignore_index, "M": 128},
+        common | {"IGNORE_INDEX": ignore_index, "SUMS": sums, "M": 128},
         num_warps=4,
     )
-    return sums, join, splits, split_classes
+    return sum_up, join, splits, split_classes
 
 
 @triton.jit
@@ -200,9 +202,13 @@ def join_sums_kernel(
     V: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
+    SUMS: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Statistics, as :func:`store_statistics` says, of the sums of all splits."""
+    """Statistics, or sums, of the sums of all splits.
+
+    As :func:`store_statistics` and :func:`store_sums` say.
+    """
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     valid_M = row_M < n_rows
     top_M = tl.full((M,), FLOOR, tl.float32)
@@ -233,22 +239,37 @@ def join_sums_kernel(
             scale * (other_weighted + shift * (other_rest + own)),
             scale * scale * (other_squares + own),
         )
-    target_M = tl.zeros((M,), tl.int32)
-    if HAS_TARGET:
-        target_M = tl.load(target_ptr + row_M, mask=valid_M, other=0)
-    store_statistics(
-        out_ptr,
-        n_rows,
-        row_M,
-        valid_M,
-        tl.where(top_M == FLOOR, -float("inf"), top_M),
-        second_M,
-        rest_M,
-        weighted_M,
-        squares_M,
-        label_M,
-        target_M,
-        V,
-        HAS_TARGET,
-        IGNORE_INDEX,
-    )
+    top_M = tl.where(top_M == FLOOR, -float("inf"), top_M)
+    if SUMS:
+        store_sums(
+            out_ptr,
+            n_rows,
+            row_M,
+            valid_M,
+            top_M,
+            second_M,
+            rest_M,
+            weighted_M,
+            squares_M,
+            label_M,
+        )
+    else:
+        target_M = tl.zeros((M,), tl.int32)
+        if HAS_TARGET:
+            target_M = tl.load(target_ptr + row_M, mask=valid_M, other=0)
+        store_statistics(
+            out_ptr,
+            n_rows,
+            row_M,
+            valid_M,
+            top_M,
+            second_M,
+            rest_M,
+            weighted_M,
+            squares_M,
+            label_M,
+            target_M,
+            V,
+            HAS_TARGET,
+            IGNORE_INDEX,
+        )

@@ -34,6 +34,7 @@ from .arithmetic import (
     clamped,
     exponent_of,
     store_statistics,
+    store_sums,
     sum_of,
 )
 
@@ -52,6 +53,7 @@ def token_statistics_launch(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     offset: int = 0,
+    sums: bool = False,
 ) -> Launch:
     """Launch of :func:`token_statistics_kernel`.
 
@@ -65,6 +67,7 @@ def token_statistics_launch(
         logit_scale: Factor of the logits, before the soft-cap.
         softcap: Soft-cap of the logits; none when None.
         offset: Elements from the kernel's pointer, a multiple of 16 bytes, to the first row.
+        sums: Store what :func:`store_sums` says instead of statistics.
     """
     # Few lanes cost the least at the end of a row; many keep the sums of a long one short.
     lanes = 32 if n_classes < 1024 else 64 if n_classes < 100_000 else 128
@@ -76,6 +79,7 @@ def token_statistics_launch(
         "IGNORE_INDEX": ignore_index,
         "SCALE": float(logit_scale),
         "SOFTCAP": float(softcap or 0.0),
+        "SUMS": sums,
         "E": 16 // itemsize,
         "L": lanes,
         "U": 4,
@@ -254,7 +258,9 @@ def _row_sums(
     row_top, second, place = tl.reduce((top, second, best // E + lane_L), 0, _better_of)
     is_best = best // E + lane_L == place
     if CAREFUL:
-        shift = clamped((reference - row_top) * LOG2_E)
+        # A row of -inf alone may be a part of one that is not: its sums are 0, and stay it.
+        origin = tl.where(row_top == -float("inf"), reference, row_top)
+        shift = clamped((reference - origin) * LOG2_E)
     else:
         # Relative to the row's own maximum, of which the reference is a rounding.
         row_reference = _reference(row_top, False)
@@ -282,11 +288,15 @@ def token_statistics_kernel(
     IGNORE_INDEX: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SUMS: tl.constexpr,
     E: tl.constexpr,
     L: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Statistics of logits ``(N, V)`` and targets ``(N,)``, as :func:`store_statistics` says."""
+    """Statistics, or sums, of logits ``(N, V)`` and targets ``(N,)``.
+
+    As :func:`store_statistics` and :func:`store_sums` say.
+    """
     row = tl.program_id(0).to(tl.int64)
     start = row * STRIDE + OFFSET
     row_ptr = logits_ptr + start
@@ -329,19 +339,24 @@ def token_statistics_kernel(
     exponent = exponent_of(x, top)
     e = tl.exp2(exponent)
     group_s, group_t, group_q = tl.reduce((e, e * exponent, e * e), 0, sum_of)
-    store_statistics(
-        out_ptr,
-        tl.num_programs(0),
-        row,
-        True,
-        top,
-        second,
-        rest + group_s,
-        weighted + group_t,
-        squares + group_q,
-        label_logit,
-        target,
-        V,
-        HAS_TARGET,
-        IGNORE_INDEX,
-    )
+    rest, weighted, squares = rest + group_s, weighted + group_t, squares + group_q
+    n_rows = tl.num_programs(0)
+    if SUMS:
+        store_sums(out_ptr, n_rows, row, True, top, second, rest, weighted, squares, label_logit)
+    else:
+        store_statistics(
+            out_ptr,
+            n_rows,
+            row,
+            True,
+            top,
+            second,
+            rest,
+            weighted,
+            squares,
+            label_logit,
+            target,
+            V,
+            HAS_TARGET,
+            IGNORE_INDEX,
+        )

@@ -1,5 +1,7 @@
 """Statistics of rows of logits on every backend against float64 NumPy."""
 
+import itertools
+
 import array_api_compat.torch as xp_torch
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,12 @@ import torch
 import truth
 
 from cggr.spec import TokenStatistics, token_difficulty, token_statistics
+from cggr.spec.statistics import (
+    VocabularySums,
+    join_vocabulary_sums,
+    statistics_of_sums,
+    vocabulary_sums,
+)
 
 NAMES = TokenStatistics._fields
 # Absolute: a float32 sum of V positive terms and one logarithm or division. Relative: the same.
@@ -45,7 +53,39 @@ def _compiled(logits, targets):
     return token_statistics(logits, targets, xp=xp_torch)
 
 
-BACKENDS = [on_numpy, on_torch, on_torch_compiled, on_jax]
+def _in_parts(logits, targets, xp):
+    """The statistics from the sums of a third of the classes, of none but one, and of the rest."""
+    n_classes = logits.shape[-1]
+    bounds = sorted({0, n_classes // 3, min(n_classes // 3 + 1, n_classes), n_classes})
+    parts = [
+        vocabulary_sums(logits[..., first:last], targets - first, xp=xp)
+        for first, last in itertools.pairwise(bounds)
+    ]
+    stacked = VocabularySums(*(xp.stack(x) for x in zip(*parts, strict=True)))
+    joined = join_vocabulary_sums(stacked, xp=xp)
+    return statistics_of_sums(joined, targets, n_classes=n_classes, xp=xp)
+
+
+def on_numpy_in_parts(logits, targets):
+    with np.errstate(invalid="ignore"):
+        return _in_parts(logits, targets, np)
+
+
+def on_torch_in_parts(logits, targets):
+    return [x.numpy() for x in _in_parts(*map(torch.from_numpy, (logits, targets)), xp_torch)]
+
+
+@jax.jit
+def _jax_in_parts(logits, targets):
+    return _in_parts(logits, targets, jnp)
+
+
+def on_jax_in_parts(logits, targets):
+    return [np.asarray(x) for x in _jax_in_parts(logits, targets.astype(np.int32))]
+
+
+WHOLE = [on_numpy, on_torch, on_torch_compiled, on_jax]
+BACKENDS = [*WHOLE, on_numpy_in_parts, on_torch_in_parts, on_jax_in_parts]
 SHAPES = [(1, 1), (3, 2), (2, 5, 7), (4, 33), (64, 257), (8, 5000)]
 
 
@@ -122,9 +162,10 @@ def test_a_target_out_of_range_is_nan_and_an_ignored_one_zero(backend):
     np.testing.assert_allclose(entropy, np.log(4), rtol=1e-6)
 
 
-def test_float64_logits_stay_float64():
+@pytest.mark.parametrize("compute", [on_numpy, on_numpy_in_parts])
+def test_float64_logits_stay_float64(compute):
     logits, targets = batch((16, 40), 3.0, seed=5)
-    result = token_statistics(logits.astype(np.float64), targets)
+    result = compute(logits.astype(np.float64), targets)
     expected = truth.statistics(logits, targets)
     for name, value in zip(NAMES, result, strict=True):
         assert value.dtype == np.float64

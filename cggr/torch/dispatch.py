@@ -30,6 +30,10 @@ class Implementation(NamedTuple):
         chunked_statistics: Of the logits that any function makes of rows.
         cross_entropy_sum: ``Σ w nll`` of selected rows of logits ``(N, V)``, differentiable.
         linear_cross_entropy_sum: The same of a linear head.
+        vocabulary_sums: What logits of some of the classes add to the statistics.
+        linear_vocabulary_sums: The same of a linear head.
+        part_cross_entropy_sum: ``Σ w nll`` of such logits, whose softmax over all is known.
+        part_linear_cross_entropy_sum: The same of a linear head.
     """
 
     token_statistics: Callable[..., Scored]
@@ -37,6 +41,10 @@ class Implementation(NamedTuple):
     chunked_statistics: Callable[..., Scored]
     cross_entropy_sum: Callable[..., Tensor]
     linear_cross_entropy_sum: Callable[..., Tensor]
+    vocabulary_sums: Callable[..., Tensor]
+    linear_vocabulary_sums: Callable[..., Tensor]
+    part_cross_entropy_sum: Callable[..., Tensor]
+    part_linear_cross_entropy_sum: Callable[..., Tensor]
 
 
 IMPLEMENTATIONS = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cggr import spec
 from cggr.spec import TokenStatistics
+from cggr.spec.statistics import vocabulary_sums as sums_of_rows
 from cggr.torch.selected import Scored, SelectedRows, differentiable_once
 
 # How many logits are worked on at a time. A head's product wants many rows; on the CPU, what
@@ -75,30 +76,77 @@ def chunked_statistics(
         targets: ``(...)`` or None.
         ignore_index: Target that is not scored.
     """
+    columns = _by_chunks(
+        rows,
+        project,
+        n_classes,
+        targets,
+        lambda logits, part: spec.token_statistics(logits, part, ignore_index=ignore_index, xp=xp),
+    )
     shape = rows.shape[:-1]
+    statistics = (None if x is None else x.reshape(shape) for x in columns)
+    return Scored(TokenStatistics(*statistics), None)
+
+
+def vocabulary_sums(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """``(6, N)`` :class:`VocabularySums` of logits ``(..., V)`` that are some of the classes."""
+    return _sums(logits, lambda rows: rows, logits.shape[-1], targets)
+
+
+def linear_vocabulary_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`vocabulary_sums` of a linear head's logits."""
+
+    def project(rows: Tensor) -> Tensor:
+        return linear_logits(rows, weight, bias, logit_scale, softcap)
+
+    return _sums(hidden, project, weight.shape[0], targets)
+
+
+def _sums(
+    rows: Tensor, project: Callable[[Tensor], Tensor], n_classes: int, targets: Tensor | None
+) -> Tensor:
+    columns = _by_chunks(
+        rows,
+        project,
+        n_classes,
+        targets,
+        lambda logits, part: sums_of_rows(logits, part, xp=xp),
+    )
+    return torch.stack(columns)
+
+
+def _by_chunks(
+    rows: Tensor,
+    project: Callable[[Tensor], Tensor],
+    n_classes: int,
+    targets: Tensor | None,
+    compute: Callable[[Tensor, Tensor | None], tuple[Tensor | None, ...]],
+) -> list[Any]:
+    """``compute(project(rows), targets)``, columns ``(N,)``, for a few rows at a time."""
     rows_ND = rows.detach().reshape(-1, rows.shape[-1])
     targets_N = None if targets is None else targets.reshape(-1)
     n_rows = rows_ND.shape[0]
-    columns: list[Tensor | None] = []
+    columns: list[Any] = []
     with torch.no_grad():
         for part in row_chunks(n_rows, n_classes, rows.device):
             logits = project(rows_ND[part])
             for inner in row_chunks(logits.shape[0], n_classes, rows.device, cached=True):
                 some = slice(part.start + inner.start, part.start + inner.stop)
-                chunk = spec.token_statistics(
-                    logits[inner],
-                    None if targets_N is None else targets_N[some],
-                    ignore_index=ignore_index,
-                    xp=xp,
-                )
+                chunk = compute(logits[inner], None if targets_N is None else targets_N[some])
                 # One allocation up front: small results kept between large temporaries would
                 # fragment the CPU's heap to many times its need.
                 columns = columns or [None if x is None else x.new_empty(n_rows) for x in chunk]
                 for column, value in zip(columns, chunk, strict=True):
                     if column is not None:
                         column[some] = value
-    statistics = (None if x is None else x.reshape(shape) for x in columns)
-    return Scored(TokenStatistics(*statistics), None)
+    return columns
 
 
 def row_chunks(
@@ -132,6 +180,36 @@ def cross_entropy_sum(
     return total + rows.fault
 
 
+def part_cross_entropy_sum(
+    logits_RV: Tensor, softmax_3R: Tensor, label_R: Tensor, weight_R: Tensor
+) -> Tensor:
+    """``Σ w nll`` of rows of logits of some of the classes, whose softmax over all is known.
+
+    Args:
+        logits_RV: The part.
+        softmax_3R: As in :class:`Scored`.
+        label_R: Target as a class of this part, -1 where it is of another.
+        weight_R: Weights; where 0, a row is not looked at.
+    """
+    return _PartCrossEntropy.apply(logits_RV, softmax_3R, label_R, weight_R)
+
+
+def part_linear_cross_entropy_sum(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    softmax_3R: Tensor,
+    label_R: Tensor,
+    weight_R: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`part_cross_entropy_sum` of a linear head; hidden's gradient is that of the part."""
+    return _LinearCrossEntropy.apply(
+        hidden_RD, weight_VD, bias_V, label_R, weight_R, -1, logit_scale, softcap, softmax_3R
+    )
+
+
 def linear_cross_entropy_sum(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -152,12 +230,13 @@ def linear_cross_entropy_sum(
         ignore_index,
         logit_scale,
         softcap,
+        None,
     )
     return total + rows.fault
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """``Σ_r w_r nll_r`` of a linear head.
+    """``Σ_r w_r nll_r`` of a linear head, which may be that of some of the classes.
 
     With ``z = h W^T + b``, ``x = c tanh(s z / c)`` and ``g = w (softmax(x) - onehot(y))``, the
     gradient is ``dz = g s (1 - (x / c)²)``, ``dh = dz W``, ``dW = dz^T h``, ``db = Σ dz``. The
@@ -177,29 +256,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         logit_scale: float,
         softcap: float | None,
+        softmax_3R: Tensor | None,
     ) -> Tensor:
         dtype = _accumulator(hidden_RD)
-        row_weight_R = (label_R != ignore_index).to(dtype)
-        if weight_R is not None:
-            row_weight_R = row_weight_R * weight_R.to(dtype)
-        total = torch.zeros((), dtype=dtype, device=hidden_RD.device)
-        for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], hidden_RD.device):
-            logits = linear_logits(hidden_RD[part], weight_VD, bias_V, logit_scale, softcap)
-            nll = F.cross_entropy(
-                logits.to(dtype), label_R[part], ignore_index=ignore_index, reduction="none"
-            )
-            # Not in place: torch 2.11's compiler then loses the gradient of this function.
-            total = total + (row_weight_R[part] * nll).sum()
-        # A row that is ignored has weight 0 and may name no class: class 0 stands in for it.
-        class_R = label_R.masked_fill(label_R == ignore_index, 0)
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R)
+        if softmax_3R is not None:
+            row_weight_R = weight_R.to(dtype)  # type: ignore[union-attr]
+            total = _weighted_sum(row_weight_R, softmax_3R[2])
+        else:
+            row_weight_R = (label_R != ignore_index).to(dtype)
+            if weight_R is not None:
+                row_weight_R = row_weight_R * weight_R.to(dtype)
+            total = torch.zeros((), dtype=dtype, device=hidden_RD.device)
+            for part in row_chunks(hidden_RD.shape[0], weight_VD.shape[0], hidden_RD.device):
+                logits = linear_logits(hidden_RD[part], weight_VD, bias_V, logit_scale, softcap)
+                nll = F.cross_entropy(
+                    logits.to(dtype), label_R[part], ignore_index=ignore_index, reduction="none"
+                )
+                # Not in place: torch 2.11's compiler then loses the gradient of this function.
+                total = total + (row_weight_R[part] * nll).sum()
+        class_R = label_R.masked_fill(label_R == ignore_index, -1)
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, class_R, row_weight_R, softmax_3R)
         ctx.logit_scale, ctx.softcap = logit_scale, softcap
         return total
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RD, weight_VD, bias_V, class_R, row_weight_R = ctx.saved_tensors
+        hidden_RD, weight_VD, bias_V, class_R, row_weight_R, softmax_3R = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = _accumulator(hidden_RD)
         d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
@@ -210,8 +293,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, row_grad = hidden_RD[part], row_grad_R1[part]
             logits = linear_logits(hidden, weight_VD, bias_V, ctx.logit_scale, ctx.softcap)
             logits = logits.to(dtype)
-            d_logits = torch.softmax(logits, dim=-1)
-            d_logits.scatter_add_(1, class_R[part, None], torch.full_like(row_grad, -1.0))
+            softmax = None if softmax_3R is None else softmax_3R[:, part]
+            d_logits = _error(logits, class_R[part], softmax)
             d_logits *= row_grad * ctx.logit_scale
             if ctx.softcap is not None:
                 d_logits *= 1 - (logits / ctx.softcap) ** 2
@@ -227,8 +310,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden,
             None if d_weight is None else d_weight.to(weight_VD.dtype),
             None if d_bias is None else d_bias.to(bias_V.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+class _PartCrossEntropy(torch.autograd.Function):
+    """``Σ w nll`` of rows whose softmax is known; gradient ``w (softmax - onehot)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_RV: Tensor, softmax_3R: Tensor, label_R: Tensor, weight_R: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(logits_RV, softmax_3R, label_R, weight_R)
+        return _weighted_sum(weight_R, softmax_3R[2])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits_RV, softmax_3R, label_R, weight_R = ctx.saved_tensors
+        gradient = _error(logits_RV.to(_accumulator(logits_RV)), label_R, softmax_3R)
+        gradient *= (weight_R * grad)[:, None]
+        gradient.masked_fill_((weight_R == 0)[:, None], 0)
+        return gradient.to(logits_RV.dtype), None, None, None
+
+
+def _weighted_sum(weight_R: Tensor, nll_R: Tensor) -> Tensor:
+    return torch.where(weight_R == 0, 0, weight_R * nll_R).sum()  # 0 times NaN
+
+
+def _error(logits_RV: Tensor, class_R: Tensor, softmax_3R: Tensor | None) -> Tensor:
+    """``softmax - onehot``; a class of -1 is none of these."""
+    if softmax_3R is None:
+        error_RV = torch.softmax(logits_RV, dim=-1)
+    else:
+        confidence_R, top_R, _ = softmax_3R
+        error_RV = confidence_R[:, None] * torch.exp(logits_RV - top_R[:, None])
+    is_here_R = (class_R >= 0).to(error_RV.dtype)
+    return error_RV.scatter_add_(1, class_R.clamp(min=0)[:, None], -is_here_R[:, None])
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from cggr import spec
 from cggr.spec import RoutingConfig, Selection, TokenStatistics
 from cggr.spec.config import check_head
 from cggr.torch import dispatch
+from cggr.torch.vocabulary import local_head, local_logits, on_shard
 
 
 def token_statistics(
@@ -28,7 +29,8 @@ def token_statistics(
     bounded: rows are processed in chunks.
 
     Args:
-        logits: ``(..., V)``, any floating dtype; the arithmetic is float32 (float64 for float64).
+        logits: ``(..., V)``, any floating dtype; the arithmetic is float32 (float64 for float64). A
+            DTensor that is sharded over its classes stays so, and every process has the result.
         targets: ``(...)``, integers in ``[0, V)`` or `ignore_index`, aligned with the logits.
         ignore_index: Target whose nll and error_norm are 0.
 
@@ -48,12 +50,13 @@ def token_statistics(
         >>> statistics.margin.item()
         0.0
     """
+    logits, shard = local_logits(logits)
     check_logits(logits)
     if targets is not None:
-        targets = checked_targets(targets, logits.shape[:-1], logits.shape[-1], ignore_index)
-    return (
-        dispatch.implementation(logits).token_statistics(logits, targets, ignore_index).statistics
-    )
+        n_classes = logits.shape[-1] if shard is None else shard.n_classes
+        targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
+    operations = on_shard(dispatch.implementation(logits), shard)
+    return operations.token_statistics(logits, targets, ignore_index).statistics
 
 
 def linear_token_statistics(
@@ -65,6 +68,7 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    vocab_parallel: str | int | None = None,
 ) -> TokenStatistics:
     """:func:`token_statistics` of a linear head's logits, which are never all in memory.
 
@@ -78,6 +82,7 @@ def linear_token_statistics(
         logit_scale: Factor of the logits, before the soft-cap.
         softcap: Soft-cap of the logits, > 0; none when None.
         ignore_index: Target whose nll and error_norm are 0.
+        vocab_parallel: As in :class:`~cggr.torch.CGGRLinearLoss`, of a weight that is a DTensor.
 
     Returns:
         :class:`TokenStatistics` of float32 (float64) tensors ``(...)``.
@@ -92,11 +97,13 @@ def linear_token_statistics(
         >>> torch.equal(linear_token_statistics(hidden, weight).entropy, direct.entropy)
         True
     """
+    hidden, weight, bias, shard = local_head(hidden, weight, bias, vocab_parallel)
     check_linear(hidden, weight, bias, logit_scale, softcap)
     if targets is not None:
-        targets = checked_targets(targets, hidden.shape[:-1], weight.shape[0], ignore_index)
+        n_classes = weight.shape[0] if shard is None else shard.n_classes
+        targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
     hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
-    scored = dispatch.implementation(hidden).linear_token_statistics(
+    scored = on_shard(dispatch.implementation(hidden), shard).linear_token_statistics(
         hidden, weight, bias, targets, ignore_index, logit_scale, softcap
     )
     return scored.statistics

@@ -20,6 +20,7 @@ from cggr.torch import ops
 from cggr.torch.selected import Scored, SelectedRows, differentiable_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NONE_IGNORED = 0  # of sums, which know no ignored target
 
 
 def token_statistics(logits: Tensor, targets: Tensor | None, ignore_index: int) -> Scored:
@@ -148,6 +149,57 @@ def linear_cross_entropy_sum(
         softcap,
     )
     return total + rows.fault
+
+
+def vocabulary_sums(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """``(6, N)`` :class:`VocabularySums` of logits ``(..., V)`` that are some of the classes."""
+    logits_NV = logits.detach().reshape(-1, logits.shape[-1])
+    target_N = None if targets is None else targets.reshape(-1)
+    return ops.token_statistics(logits_NV, target_N, _NONE_IGNORED, sums=True)
+
+
+def linear_vocabulary_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`vocabulary_sums` of a linear head's logits."""
+    return ops.linear_token_statistics(
+        hidden.detach().reshape(-1, hidden.shape[-1]),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        None if targets is None else targets.reshape(-1),
+        _NONE_IGNORED,
+        logit_scale,
+        softcap,
+        sums=True,
+    )
+
+
+def part_cross_entropy_sum(
+    logits_RV: Tensor, softmax_3R: Tensor, label_R: Tensor, weight_R: Tensor
+) -> Tensor:
+    """``Σ w nll`` of rows of logits of some of the classes, whose softmax over all is known."""
+    return _CrossEntropySum.apply(logits_RV, softmax_3R, label_R, weight_R)
+
+
+def part_linear_cross_entropy_sum(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    softmax_3R: Tensor,
+    label_R: Tensor,
+    weight_R: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`part_cross_entropy_sum` of a linear head; hidden's gradient is that of the part."""
+    return _LinearCrossEntropySum.apply(
+        hidden_RD, weight_VD, bias_V, softmax_3R, label_R, weight_R, logit_scale, softcap
+    )
 
 
 def _row_weights(rows: SelectedRows, ignore_index: int) -> Tensor:

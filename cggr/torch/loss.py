@@ -23,8 +23,15 @@ from cggr.torch.functional import (
     select_tokens,
     token_difficulty,
 )
-from cggr.torch.routing import RoutedModule, process_rank
+from cggr.torch.routing import RoutedModule
 from cggr.torch.selected import SelectedRows, every_row, reduce_loss, selected_rows
+from cggr.torch.vocabulary import (
+    VocabularyShard,
+    drawing_rank,
+    local_head,
+    local_logits,
+    on_shard,
+)
 
 
 class _SelectiveLoss(RoutedModule):
@@ -49,6 +56,7 @@ class _SelectiveLoss(RoutedModule):
         targets: Tensor,
         reference_nll: Tensor | None,
         n_classes: int,
+        shard: VocabularyShard | None,
     ) -> SelectedRows:
         config = self.config
         self.follow(targets.device)
@@ -66,7 +74,7 @@ class _SelectiveLoss(RoutedModule):
                 config,
                 step=self.step_count,
                 draw=draw,
-                rank=process_rank(),
+                rank=drawing_rank(shard),
                 eligible=eligible,
                 confidence=statistics.confidence,
                 capacity=self.slots(batch, length),
@@ -148,7 +156,9 @@ class CGGRLoss(_SelectiveLoss):
         """Loss of the tokens worth learning from.
 
         Args:
-            logits: ``(B, S, V)`` or ``(N, V)``, floating.
+            logits: ``(B, S, V)`` or ``(N, V)``, floating. A DTensor that is sharded over its
+                classes (as of tensor parallelism's ``ColwiseParallel``) stays so: the processes
+                must have the same tokens, and have the same loss.
             targets: ``(B, S)`` or ``(N,)``, integers in ``[0, V)`` or `ignore_index`.
             reference_nll: Losses of a reference model, of targets' shape, for
                 ``scoring="excess_loss"``.
@@ -165,19 +175,23 @@ class CGGRLoss(_SelectiveLoss):
             ValueError: Shapes disagree, or, on the CPU in eager mode, a target is out of range
                 (elsewhere such a target makes the loss NaN).
         """
+        logits, shard = local_logits(logits)
         check_logits(logits)
+        if shard is not None and self.base_loss is not None:
+            raise ValueError("base_loss needs logits of all classes, got a DTensor of a part.")
         if logits.dim() not in (2, 3):
             raise ValueError(
                 f"logits must have shape (B, S, V) or (N, V), got {tuple(logits.shape)}."
             )
-        n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
+        ignore_index = self.config.ignore_index
+        n_classes = logits.shape[-1] if shard is None else shard.n_classes
         targets = checked_targets(targets, logits.shape[:-1], n_classes, ignore_index)
-        logits_NV = logits.reshape(-1, n_classes)
+        logits_NV = logits.reshape(-1, logits.shape[-1])
         logits = logits_NV.reshape(logits.shape)  # of a slice, the copy that the gradient needs
-        operations, scored = implementation(logits), None
+        operations, scored = on_shard(implementation(logits), shard), None
         if self.training:
             scored = operations.token_statistics(logits, targets, ignore_index)
-            rows = self._select(scored.statistics, targets, reference_nll, n_classes)
+            rows = self._select(scored.statistics, targets, reference_nll, n_classes, shard)
         else:
             rows = every_row(targets, n_classes, ignore_index)
         if self.base_loss is None:
@@ -213,6 +227,11 @@ class CGGRLinearLoss(_SelectiveLoss):
         reduction: ``"mean"`` or ``"sum"``, as in :class:`CGGRLoss`.
         logit_scale: Factor of the logits, before the soft-cap.
         softcap: Soft-cap of the logits, > 0; none when None.
+        vocab_parallel: Of a weight that is a DTensor, the mesh dimension, by name or number, over
+            which its classes are sharded while the tokens are the same: each process computes its
+            classes, all have the same loss, and hidden's gradient is summed over them. Without,
+            each process has tokens of its own: the weight is gathered in hidden's dtype, and its
+            gradient averaged over the processes, as FSDP does.
         **options: Fields of :class:`RoutingConfig`.
 
     Example:
@@ -233,11 +252,13 @@ class CGGRLinearLoss(_SelectiveLoss):
         reduction: str = "mean",
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        vocab_parallel: str | int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, capacity=capacity, reduction=reduction, **options)
         self.logit_scale = logit_scale
         self.softcap = softcap
+        self.vocab_parallel = vocab_parallel
 
     def forward(
         self,
@@ -253,7 +274,7 @@ class CGGRLinearLoss(_SelectiveLoss):
 
         Args:
             hidden: ``(B, S, D)`` or ``(N, D)``, floating.
-            weight: ``(V, D)``.
+            weight: ``(V, D)``; a DTensor is taken as `vocab_parallel` says.
             targets: ``(B, S)`` or ``(N,)``, integers in ``[0, V)`` or `ignore_index`.
             bias: ``(V,)``.
             reference_nll: As in :meth:`CGGRLoss.forward`.
@@ -267,22 +288,24 @@ class CGGRLinearLoss(_SelectiveLoss):
             TypeError: A dtype is wrong.
             ValueError: Shapes disagree, or, on the CPU in eager mode, a target is out of range.
         """
+        hidden, weight, bias, shard = local_head(hidden, weight, bias, self.vocab_parallel)
         check_linear(hidden, weight, bias, self.logit_scale, self.softcap)
         if hidden.dim() not in (2, 3):
             raise ValueError(
                 f"hidden must have shape (B, S, D) or (N, D), got {tuple(hidden.shape)}."
             )
-        n_classes, ignore_index = weight.shape[0], self.config.ignore_index
+        ignore_index = self.config.ignore_index
+        n_classes = weight.shape[0] if shard is None else shard.n_classes
         targets = checked_targets(targets, hidden.shape[:-1], n_classes, ignore_index)
         hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
         with _without_autocast(hidden.device.type):
-            operations, scored = implementation(hidden), None
+            operations, scored = on_shard(implementation(hidden), shard), None
             head = (self.logit_scale, self.softcap)
             if self.training:
                 scored = operations.linear_token_statistics(
                     hidden, weight, bias, targets, ignore_index, *head
                 )
-                rows = self._select(scored.statistics, targets, reference_nll, n_classes)
+                rows = self._select(scored.statistics, targets, reference_nll, n_classes, shard)
             else:
                 rows = every_row(targets, n_classes, ignore_index)
             hidden_ND = hidden.reshape(-1, hidden.shape[-1])

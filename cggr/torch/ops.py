@@ -5,7 +5,8 @@ and the kernels are imported at the first launch.
 
 Shapes: ``N`` tokens, of which ``R`` rows are selected; ``D`` hidden size, ``V`` classes. Statistics
 are ``(6, N)`` float32: entropy, margin, confidence, the largest logit, nll, error norm; ``(4, N)``
-without targets. Those of :data:`SOFTMAX` are what a gradient needs.
+without targets. Those of :data:`SOFTMAX` are what a gradient needs. Where the classes are a part of
+all, `sums` asks for the ``(6, N)`` of :class:`~cggr.spec.statistics.VocabularySums` instead.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def launch_kernel(kernel: Any, launch: Any, *arguments: Any) -> None:
         )
 
 
-def _empty_statistics(x_NX: Tensor, targets: Tensor | None) -> Tensor:
-    return x_NX.new_empty(4 if targets is None else 6, x_NX.shape[0], dtype=torch.float32)
+def _empty_statistics(x_NX: Tensor, targets: Tensor | None, sums: bool) -> Tensor:
+    n_statistics = 4 if targets is None and not sums else 6
+    return x_NX.new_empty(n_statistics, x_NX.shape[0], dtype=torch.float32)
 
 
 def _with_rows(logits_NV: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def _aligned(logits_NV: Tensor) -> tuple[Tensor, int]:
     "cggr::token_statistics",
     mutates_args=(),
     schema="(Tensor logits, Tensor? targets, int ignore_index, float logit_scale=1.0, "
-    "float? softcap=None) -> Tensor",
+    "float? softcap=None, bool sums=False) -> Tensor",
 )
 def token_statistics(
     logits: Tensor,
@@ -75,13 +77,14 @@ def token_statistics(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sums: bool = False,
 ) -> Tensor:
     """Statistics of logits ``(N, V)``."""
     from cggr.kernels.token_statistics import token_statistics_kernel, token_statistics_launch
 
     logits = _with_rows(logits)
     n_rows, n_classes = logits.shape
-    out = _empty_statistics(logits, targets)
+    out = _empty_statistics(logits, targets, sums)
     if n_rows:
         aligned, offset = _aligned(logits)
         launch = token_statistics_launch(
@@ -94,6 +97,7 @@ def token_statistics(
             logit_scale=logit_scale,
             softcap=softcap,
             offset=offset,
+            sums=sums,
         )
         target_N = logits if targets is None else targets.contiguous()
         launch_kernel(token_statistics_kernel, launch, aligned, target_N, out)
@@ -101,8 +105,15 @@ def token_statistics(
 
 
 @token_statistics.register_fake
-def _(logits: Tensor, targets: Any, ignore_index: int, *head: Any) -> Tensor:
-    return _empty_statistics(logits, targets)
+def _(
+    logits: Tensor,
+    targets: Any,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sums: bool = False,
+) -> Tensor:
+    return _empty_statistics(logits, targets, sums)
 
 
 @torch.library.custom_op(
@@ -160,7 +171,7 @@ def _fill_gradient(
     "cggr::linear_token_statistics",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, int ignore_index, "
-    "float logit_scale=1.0, float? softcap=None) -> Tensor",
+    "float logit_scale=1.0, float? softcap=None, bool sums=False) -> Tensor",
 )
 def linear_token_statistics(
     hidden: Tensor,
@@ -170,6 +181,7 @@ def linear_token_statistics(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sums: bool = False,
 ) -> Tensor:
     """Statistics of ``softcap tanh(logit_scale (hidden weight^T + bias) / softcap)``.
 
@@ -179,12 +191,21 @@ def linear_token_statistics(
     capability = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 9
     fused = fuses(hidden.shape[1], hidden.element_size(), capability)
     way = linear_statistics_fused if fused else linear_statistics_chunked
-    return way(hidden, weight, bias, targets, ignore_index, logit_scale, softcap)
+    return way(hidden, weight, bias, targets, ignore_index, logit_scale, softcap, sums)
 
 
 @linear_token_statistics.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, *head: Any) -> Tensor:
-    return _empty_statistics(hidden, targets)
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    targets: Any,
+    ignore_index: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sums: bool = False,
+) -> Tensor:
+    return _empty_statistics(hidden, targets, sums)
 
 
 def linear_statistics_fused(
@@ -195,6 +216,7 @@ def linear_statistics_fused(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sums: bool = False,
 ) -> Tensor:
     """Statistics from products that never leave the multiprocessors; 2-byte dtypes."""
     from cggr.kernels.linear_token_statistics import (
@@ -205,7 +227,7 @@ def linear_statistics_fused(
 
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (n_rows, hidden_size), n_classes = hidden.shape, weight.shape[0]
-    out = _empty_statistics(hidden, targets)
+    out = _empty_statistics(hidden, targets, sums)
     if n_rows:
         sums_launch, join_launch, splits, split_classes = linear_token_statistics_launch(
             n_rows,
@@ -216,13 +238,14 @@ def linear_statistics_fused(
             ignore_index=ignore_index,
             logit_scale=logit_scale,
             softcap=softcap,
+            sums=sums,
         )
-        sums = torch.empty(splits, 6, n_rows, dtype=torch.float32, device=hidden.device)
+        parts = torch.empty(splits, 6, n_rows, dtype=torch.float32, device=hidden.device)
         bias_V = weight if bias is None else bias.contiguous()
         target_N = hidden if targets is None else targets.contiguous()
-        arguments = (hidden, weight, bias_V, target_N, sums, n_rows, split_classes)
+        arguments = (hidden, weight, bias_V, target_N, parts, n_rows, split_classes)
         launch_kernel(linear_sums_kernel, sums_launch, *arguments)
-        launch_kernel(join_sums_kernel, join_launch, sums, target_N, out, n_rows, splits)
+        launch_kernel(join_sums_kernel, join_launch, parts, target_N, out, n_rows, splits)
     return out
 
 
@@ -234,6 +257,7 @@ def linear_statistics_chunked(
     ignore_index: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sums: bool = False,
 ) -> Tensor:
     """Statistics from cuBLAS's products of a chunk of rows at a time."""
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
@@ -244,8 +268,9 @@ def linear_statistics_chunked(
         part = slice(first, first + size)
         logits = _product(hidden[part], weight, bias, buffer)
         targets_part = None if targets is None else targets[part]
-        parts.append(token_statistics(logits, targets_part, ignore_index, logit_scale, softcap))
-    return torch.cat(parts, dim=1) if parts else _empty_statistics(hidden, targets)
+        head = (logit_scale, softcap)
+        parts.append(token_statistics(logits, targets_part, ignore_index, *head, sums))
+    return torch.cat(parts, dim=1) if parts else _empty_statistics(hidden, targets, sums)
 
 
 @torch.library.custom_op(

@@ -1,0 +1,85 @@
+"""A vocabulary that is spread over processes, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vocabulary_worker
+
+WORKER = Path(vocabulary_worker.__file__)
+CASES = [
+    *(("linear", case) for case in vocabulary_worker.PARALLEL),
+    *(
+        ("logits", case)
+        for case, options in vocabulary_worker.PARALLEL.items()
+        if not options.keys() & vocabulary_worker.OF_A_HEAD
+    ),
+    *((way, case) for way in ("fsdp", "both") for case in vocabulary_worker.SHARDED),
+]
+
+
+def run(n_processes, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={n_processes}", str(WORKER)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All cases, of one start of four processes."""
+    return run(4)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """The Triton kernels in two processes."""
+    return run(2, CGGR_IMPLEMENTATION="triton", TRITON_INTERPRET="1")
+
+
+def check(row):
+    tolerance = 1e-2 if row["case"] == "low precision" else 1e-5  # an ulp of bfloat16 is 4e-3
+    assert row["loss"] == pytest.approx(row["expected"], rel=1e-5)
+    assert row["expected"] > 0.5 or row["case"] == "nothing"
+    wrong = {name: error for name, error in row["errors"].items() if not error < tolerance}
+    assert not wrong
+    assert row["same"]
+
+
+@pytest.mark.parametrize(("way", "case"), CASES)
+def test_loss_and_gradients_are_those_of_one_process(found, way, case):
+    (row,) = (row for row in found["rows"] if (row["way"], row["case"]) == (way, case))
+    check(row)
+
+
+def test_the_kernels_loss_and_gradients_are_those_of_one_process(interpreted):
+    assert len(interpreted["rows"]) == 2 * len(vocabulary_worker.OF_KERNELS) - 1
+    for row in interpreted["rows"]:
+        check(row)
+    assert max(interpreted["statistics"]) < 1e-5
+
+
+def test_statistics_are_those_of_one_process(found):
+    assert max(found["statistics"]) < 1e-5
+
+
+def test_what_cannot_be_is_refused(found):
+    said = found["misuse"]
+    assert said["plain"].startswith(
+        "ValueError: vocab_parallel='vocabulary' needs a weight that is a DTensor"
+    )
+    assert said["dimension"].startswith(
+        "ValueError: vocab_parallel must be a dimension of weight's mesh, one of 'vocabulary', 0"
+    )
+    assert "weight must be sharded over its classes, Shard(0)" in said["columns"]
+    assert said["bias"] == "TypeError: bias must be a DTensor, as weight is; got a plain tensor."
+    assert said["few"].startswith("ValueError: 5 classes in parts of 2 leave none for the last of")
+    assert "logits that are a DTensor must be sharded over their classes" in said["tokens"]
+    assert said["base_loss"].startswith("ValueError: base_loss needs logits of all classes")
