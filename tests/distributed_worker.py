@@ -74,7 +74,7 @@ def compare(name: str, way: str, split: str, labels_RBS: torch.Tensor, ids_RBS: 
     process_rank = cggr_model.process_rank
     try:
         for other in range(world):
-            cggr_model.process_rank = lambda other=other: other
+            cggr_model.process_rank = lambda *_, other=other: other
             alone.scorer.draw_count.fill_(0)
             loss = alone(ids_RBS[other], labels=labels_RBS[other]) / world
             loss.backward()
@@ -149,7 +149,7 @@ def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
         ]
         for rank in range(world):
             part = slice((step * world + rank) * BATCH, (step * world + rank + 1) * BATCH)
-            cggr_model.process_rank = lambda rank=rank: rank
+            cggr_model.process_rank = lambda *_, rank=rank: rank
             alone.scorer.draw_count.fill_(step)
             items = sum(n_items) if average else n_items[rank] * world
             loss = alone(

@@ -27,7 +27,7 @@ def ids(batch=4, length=10):
 
 
 def test_each_rank_of_a_loss_draws_its_own_sample(monkeypatch):
-    monkeypatch.setattr(loss, "process_rank", lambda: 5)
+    monkeypatch.setattr(loss, "process_rank", lambda *_: 5)
     options = {"selection": "random", "min_tokens_ratio": 0.3, **OFF}
     logits = torch.randn(4, 10, 7, requires_grad=True)
     CGGRLoss(**options)(logits, torch.zeros(4, 10, dtype=torch.long)).backward()
@@ -37,7 +37,7 @@ def test_each_rank_of_a_loss_draws_its_own_sample(monkeypatch):
 
 def test_each_rank_of_a_model_and_a_scorer_draws_its_own_sample(monkeypatch):
     for module in (model, scorer):
-        monkeypatch.setattr(module, "process_rank", lambda: 5)
+        monkeypatch.setattr(module, "process_rank", lambda *_: 5)
     options = {"selection": "random", "min_tokens_ratio": 0.3, **OFF}
     embedding = nn.Embedding(50, 50)
     seen = []

@@ -59,6 +59,14 @@ def test_loss_and_gradients_are_those_of_one_process(found, way, case):
     check(row)
 
 
+def test_whole_sequences_of_a_model_that_transformers_has_spread(found):
+    rows = [row for row in found["rows"] if row["way"] == "tp_plan"]
+    if not rows:
+        pytest.skip("fewer GPUs than processes")
+    check(rows[0])
+    assert "was loaded by a tp_plan: its layers are parts, spread over" in rows[0]["refused"]
+
+
 def test_the_kernels_loss_and_gradients_are_those_of_one_process(interpreted):
     assert len(interpreted["rows"]) == 2 * len(vocabulary_worker.OF_KERNELS) - 1
     for row in interpreted["rows"]:

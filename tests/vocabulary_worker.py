@@ -8,21 +8,25 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import build
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM
 
-import cggr.torch.routing
-import cggr.torch.vocabulary
+import cggr.torch.loss
+import cggr.torch.model
 from cggr.torch import (
     CGGRLinearLoss,
     CGGRLoss,
+    CGGRModel,
     linear_token_statistics,
     token_statistics,
 )
@@ -85,14 +89,14 @@ def error(got, wanted):
 
 
 @contextlib.contextmanager
-def as_rank(rank):
+def as_rank(rank, module=cggr.torch.loss):
     """Draws as that process does."""
-    own = cggr.torch.vocabulary.process_rank
-    cggr.torch.vocabulary.process_rank = lambda: rank
+    own = module.process_rank
+    module.process_rank = lambda *_: rank
     try:
         yield
     finally:
-        cggr.torch.vocabulary.process_rank = own
+        module.process_rank = own
 
 
 def compiled(criterion):
@@ -225,6 +229,32 @@ def statistics(mesh, with_targets):
     )
 
 
+def tensor_parallel(device):
+    """Whole sequences of a model that transformers has spread, against the model itself."""
+    alone = build("llama", num_key_value_heads=4).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        if dist.get_rank() == 0:
+            alone.save_pretrained(folder)
+        dist.barrier()
+        spread = AutoModelForCausalLM.from_pretrained(shared[0], tp_plan="auto")
+        dist.barrier()
+    ids = torch.randint(3, 60, (8, 10), generator=torch.Generator().manual_seed(2)).to(device)
+    model, reference = CGGRModel(spread, **BASE), CGGRModel(alone, split="sequence", **BASE)
+    loss = model(ids, labels=ids)
+    loss.backward()
+    with as_rank(0, cggr.torch.model):
+        expected = reference(ids, labels=ids)
+    expected.backward()
+    pairs = zip(spread.named_parameters(), alone.parameters(), strict=True)
+    errors = {name: error(got.grad, wanted.grad) for (name, got), wanted in pairs}
+    same = model.split == "sequence"
+    refused = said(lambda: CGGRModel(spread, split="token", **BASE))
+    found = {"loss": loss.item(), "expected": expected.item(), "errors": errors, "same": same}
+    return found | {"refused": refused}
+
+
 def said(call):
     try:
         call()
@@ -283,6 +313,8 @@ def main() -> None:
         for name in SHARDED:
             rows.append({"way": "fsdp", "case": name} | sharded(name, data))
             rows.append({"way": "both", "case": name} | sharded(name, square, "vocabulary"))
+        if device == "cuda" or not torch.cuda.is_available():  # which transformers would take
+            rows.append({"way": "tp_plan", "case": "sequence"} | tensor_parallel(device))
     distances = [statistics(line, with_targets) for with_targets in (True, False)]
     found = {"rows": rows, "statistics": distances, "misuse": misuse(line)}
     if dist.get_rank() == 0:

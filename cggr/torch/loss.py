@@ -23,11 +23,10 @@ from cggr.torch.functional import (
     select_tokens,
     token_difficulty,
 )
-from cggr.torch.routing import RoutedModule
+from cggr.torch.routing import RoutedModule, process_rank
 from cggr.torch.selected import SelectedRows, every_row, reduce_loss, selected_rows
 from cggr.torch.vocabulary import (
     VocabularyShard,
-    drawing_rank,
     local_head,
     local_logits,
     on_shard,
@@ -74,7 +73,7 @@ class _SelectiveLoss(RoutedModule):
                 config,
                 step=self.step_count,
                 draw=draw,
-                rank=drawing_rank(shard),
+                rank=process_rank(None if shard is None else shard.group),
                 eligible=eligible,
                 confidence=statistics.confidence,
                 capacity=self.slots(batch, length),

@@ -29,6 +29,7 @@ from cggr.torch.router import (
     is_causal,
     logits_of,
     own_router,
+    tensor_parallel_group,
     unwrapped,
 )
 from cggr.torch.routing import process_rank
@@ -381,7 +382,7 @@ class CGGRModel(nn.Module):
                     rule,
                     ratio,
                     draw=draw,
-                    rank=process_rank(),
+                    rank=process_rank(tensor_parallel_group(self.model)),
                     eligible=eligible,
                     capacity=scorer.slots(targets.shape[0], targets.shape[1], rule),
                     xp=xp,
@@ -432,7 +433,7 @@ class CGGRModel(nn.Module):
                     self._rule,
                     ratio,
                     draw=draw,
-                    rank=process_rank(),
+                    rank=process_rank(tensor_parallel_group(self.model)),
                     eligible=eligible.any(dim=1),
                     capacity=scorer.slots(1, batch, self._rule),
                     xp=xp,

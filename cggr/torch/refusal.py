@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from cggr.torch.router import PARALLEL, detect_architecture, unwrapped, wrappings
+from cggr.torch.router import (
+    PARALLEL,
+    detect_architecture,
+    tensor_parallel_group,
+    unwrapped,
+    wrappings,
+)
 
 _SCAN = "its layers scan the whole sequence, of which a part is not defined"
 _ALIBI = "ALiBi derives its biases from the mask of the whole sequence"
@@ -63,6 +69,8 @@ def refusal(model: nn.Module) -> str | None:
                     f"{type(wrapping).__name__} has an adapter of kind {kind}, which is not known "
                     f"to compute every position by itself."
                 )
+    if tensor_parallel_group(inner) is not None:
+        return f"{name} was loaded by a tp_plan: its layers are parts, spread over processes."
     if model_type in REFUSED:
         return f"{name} is a {model_type} model: {REFUSED[model_type]}."
     if detect_architecture(inner) == "passthrough":

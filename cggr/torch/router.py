@@ -10,13 +10,16 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
 from cggr.torch.twin import Relayered
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Layout(NamedTuple):
@@ -222,6 +225,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The user's model behind a router, torch.compile, data parallelism or peft."""
     *_, model = wrappings(module)
     return model
+
+
+def tensor_parallel_group(module: nn.Module) -> ProcessGroup | None:
+    """The processes that have a part each of the user's model, and the same tokens; else None.
+
+    Of a model that transformers has loaded by a `tp_plan`.
+    """
+    model: Any = unwrapped(module)
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return None
+    mesh = model._device_mesh
+    return mesh.get_group("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
 
 
 def wrappings(module: nn.Module) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from cggr.spec import RoutingConfig
 from cggr.spec.config import given_config, scoring_name
 from cggr.spec.schedule import ONE, base_ratio
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RoutedModule(nn.Module):
@@ -168,8 +171,14 @@ class RoutedModule(nn.Module):
         return ", ".join(changed)
 
 
-def process_rank() -> int:
-    """Rank in the default process group, 0 without one: ranks draw independent samples."""
+def process_rank(same_tokens: ProcessGroup | None = None) -> int:
+    """What tells this process's tokens from those of others: ranks draw independent samples.
+
+    The rank in the default process group, 0 without one. Of processes that have the same tokens, it
+    is the first's: they have to select the same.
+    """
+    if same_tokens is not None:
+        return min(torch.distributed.get_process_group_ranks(same_tokens))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return 0

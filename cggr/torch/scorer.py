@@ -27,6 +27,7 @@ from cggr.torch.router import (
     call_model,
     is_causal,
     logits_of,
+    tensor_parallel_group,
     unwrapped,
 )
 from cggr.torch.routing import RoutedModule, process_rank
@@ -129,7 +130,7 @@ class CGGRScorer(RoutedModule):
             self.config,
             step=self.step_count,
             draw=self.next_draw() if self.training else self.draw_count,
-            rank=process_rank(),
+            rank=process_rank(tensor_parallel_group(self.router)),
             eligible=scores.eligible,
             confidence=scores.statistics.confidence,
             capacity=self.slots(batch, length),

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from cggr.spec.statistics import VocabularySums, join_vocabulary_sums, statistics_of_sums
 from cggr.torch.dispatch import Implementation
-from cggr.torch.routing import process_rank
 from cggr.torch.selected import Scored, SelectedRows
 
 if TYPE_CHECKING:
@@ -43,11 +42,6 @@ class VocabularyShard(NamedTuple):
     first: int
     n_classes: int
 
-    @property
-    def rank(self) -> int:
-        """What tells this group from the others, that have other tokens: ranks draw by it."""
-        return min(dist.get_process_group_ranks(self.group))
-
 
 class LocalHead(NamedTuple):
     """A linear head as plain tensors of this process: all classes, if there is no shard."""
@@ -56,11 +50,6 @@ class LocalHead(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     shard: VocabularyShard | None
-
-
-def drawing_rank(shard: VocabularyShard | None) -> int:
-    """The rank by which tokens are drawn: the same where the tokens are the same."""
-    return process_rank() if shard is None else shard.rank
 
 
 def is_dtensor(x: Any) -> bool:
