@@ -1,5 +1,13 @@
 """cggr.jax on a mesh of eight devices: under jit with automatic axes, and inside shard_map."""
 
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +25,8 @@ from cggr.jax import (
     cggr_loss,
     create_truncated_router,
 )
+from cggr.race.decoder import DecoderShape
+from cggr.race.jax_decoder import Decoder as TokenDecoder
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices("cpu")) < 8, reason="JAX was started with fewer than 8 CPU devices"
@@ -98,6 +108,35 @@ def test_scope_sequence_moves_no_tokens_between_devices(loss, monkeypatch):
 
     assert gathers("sequence") == 0
     assert gathers("batch") > 0  # the count can see one
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+@pytest.mark.parametrize("selection", ["importance", "topk"])
+def test_classes_and_batch_on_a_mesh_of_two_dimensions(selection, ratio, monkeypatch):
+    """The head's weight by its classes over one dimension, the batch over the other."""
+    monkeypatch.setattr(cggr.jax.chunks, "MAX_LOGITS", B * S * V // 8)
+    config = RoutingConfig(selection=selection, **FIXED | {"min_tokens_ratio": ratio})
+    capacity = config.capacity(0, B, S)
+
+    @jax.jit
+    def run(hidden, weight, targets):
+        def mean(hidden, weight):
+            return cggr_linear_loss(hidden, weight, targets, config, step=0, capacity=capacity)
+
+        return jax.value_and_grad(mean, argnums=(0, 1), has_aux=True)(hidden, weight)
+
+    inputs = arrays()
+    expected = run(*inputs)
+    axes, automatic = ("data", "classes"), (AxisType.Auto,) * 2
+    on = jax.make_mesh((2, 4), axes, axis_types=automatic, devices=jax.devices("cpu")[:8])
+    hidden, targets = spread((inputs[0], inputs[2]), P("data"), on)
+    weight = spread(inputs[1], P("classes"), on)
+    result = run(hidden, weight, targets)
+    assert_close(result, expected)
+    assert result[1][1].sharding.spec == P("classes")
+    text = run.lower(hidden, weight, targets).compile().as_text()
+    gathered = re.findall(r"= f32\[(\d+),(\d+)\]\S* all-gather\(", text)
+    assert (str(V), str(D)) not in gathered  # the weight stays where it is
 
 
 @LOSSES
@@ -213,6 +252,47 @@ def test_a_model_on_a_sharded_batch(selection, placed):
     assert_close(result, expected)
 
 
+def fully_sharded(state, on):
+    """Every parameter over the devices, by its first dimension that they divide."""
+
+    def place(x):
+        whole = next((i for i, size in enumerate(x.shape) if size and size % 8 == 0), None)
+        spec = P() if whole is None else P(*[None] * whole, "data")
+        return jax.device_put(x, NamedSharding(on, spec))
+
+    return jax.tree.map(place, state)
+
+
+def token_split_model(selection):
+    shape = DecoderShape(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        layers=2,
+        heads=2,
+        kv_heads=2,
+        head_size=8,
+        positions=16,
+    )
+    decoder = TokenDecoder(shape, rngs=nnx.Rngs(0))
+    return CGGRModel(decoder, split="token", selection=selection, **FIXED)
+
+
+@pytest.mark.parametrize("place", [spread, fully_sharded], ids=["replicated", "fully sharded"])
+@pytest.mark.parametrize("make", [make_model, token_split_model])
+@pytest.mark.parametrize("selection", ["importance", "topk"])
+def test_parameters_on_every_device_or_spread_over_them(selection, make, place):
+    on, ids = mesh(), token_batch(batch=32)
+    expected = gradient_of(make(selection), ids)
+    model = make(selection)
+    state = nnx.state(model)
+    nnx.update(model, spread(state, P(), on) if place is spread else fully_sharded(state, on))
+    result = gradient_of(model, spread(ids, P("data"), on))
+    assert_close(result, expected)
+    spreads = {len(x.sharding.device_set) for x in jax.tree.leaves(result)}
+    assert spreads == {8}
+
+
 def test_inputs_of_one_dimension_are_spread_too():
     class Shifted(Decoder):
         def __call__(self, input_ids, shift):
@@ -273,3 +353,28 @@ def test_a_model_inside_shard_map(selection):
     expected = jax.tree.map(lambda *shards: sum(shards) / 8, *parts)
     sharded = jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))
     assert_close(sharded(parameters, ids), expected)
+
+
+def test_two_processes_train_as_one():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    worker = Path(__file__).with_name("jax_processes_worker.py")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+    def start(n_processes, process):
+        command = [sys.executable, str(worker), str(n_processes), str(process), port]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def printed(process):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        return json.loads(output.splitlines()[-1])
+
+    alone = printed(start(1, 0))
+    together = [printed(process) for process in [start(2, 0), start(2, 1)]]
+    assert alone[-1][2]["tokens_selected"] < alone[0][2]["tokens_selected"]
+    for steps in together:
+        for (*numbers, metrics), (*expected, of_one) in zip(steps, alone, strict=True):
+            np.testing.assert_allclose(numbers, expected, rtol=1e-5)
+            assert metrics == pytest.approx(of_one, rel=1e-5)
