@@ -5,7 +5,7 @@ from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":(?:class|func|meth|mod|data):`~?([\w.]+)`")
+_ROLE = re.compile(r":(?:class|func|meth|mod|data):`(~?)([\w.]+)`")
 # A block of code is announced by two colons; an example is one of the section "Examples".
 _PLAIN = ((re.compile(r"::$", re.M), ":"), (re.compile(r"^Example:$", re.M), "Examples:"))
 
@@ -20,7 +20,7 @@ class Markdown(griffe.Extension):
 
 def _rewrite(found: griffe.Object) -> None:
     if found.docstring is not None:
-        text = _ROLE.sub(lambda role: _link(found, role[1]), found.docstring.value)
+        text = _ROLE.sub(lambda role: _link(found, *role.groups()), found.docstring.value)
         for pattern, plain in _PLAIN:
             text = pattern.sub(plain, text)
         found.docstring.value = text
@@ -29,10 +29,11 @@ def _rewrite(found: griffe.Object) -> None:
             _rewrite(member)
 
 
-def _link(found: griffe.Object, name: str) -> str:
+def _link(found: griffe.Object, short: str, name: str) -> str:
     """A link to where the name is documented; the name alone where it is on no page."""
     try:
         path = found.resolve(name)
     except griffe.NameResolutionError:
         path = name
-    return f'<autoref identifier="{path}" optional>`{name.rpartition("cggr.")[2]}`</autoref>'
+    shown = name.rpartition(".")[2] if short else name
+    return f'<autoref identifier="{path}" optional>`{shown}`</autoref>'

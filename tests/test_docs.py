@@ -75,6 +75,16 @@ def check_command(line):
                     parameter.type.convert(one, parameter, context)
 
 
+def test_the_page_of_the_command_line_is_what_the_commands_say():
+    """To renew it, paste what ``cggr ... --help`` prints in a terminal of 80 columns."""
+    text = (ROOT / "docs" / "api" / "cli.md").read_text()
+    shown = dict(re.findall(r"^```text\n\$ (cggr.*? --help)\n(.*?)^```$", text, re.M | re.S))
+    assert shown.keys() == {"cggr --help", *(f"cggr {name} --help" for name in main.commands)}
+    for line, output in shown.items():
+        options = {"prog_name": "cggr", "env": {"COLUMNS": "80"}}
+        assert output == CliRunner().invoke(main, line.split()[1:], **options).output
+
+
 def test_there_are_commands_to_check():
     assert {line.split()[1] for line in COMMANDS} >= {"race", "score", "show", "bench", "info"}
 
