@@ -2,6 +2,7 @@
 #   make demo   trains a small language model in three lanes on real text and draws who learns fastest
 #   make test   lints, type-checks and tests
 # Both make .venv, install what they need into it, and reuse it the next time.
+#   make docs   builds the documentation into site/, in .venv too
 #   make test-tunix   trains Tunix's Llama 3 and Qwen 3 with cggr.jax, in .venv-tunix
 # On a machine with an NVIDIA GPU:
 #   make bench        measures kernels and losses; BENCH="statistics --quick" for a part of it
@@ -17,13 +18,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 # Without torch's cache of memory, where what lies beyond an array is rarely a fault.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test test-tunix test-gpu bench lint clean
+.PHONY: demo test docs test-tunix test-gpu bench lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/cggr race --budget 35s
 
 test: lint
 	$(PYTEST)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m mkdocs build --strict
 
 # An environment of its own: tunix wants an older safetensors than the rest, and no torch.
 test-tunix: $(TUNIX)/test.stamp
@@ -61,7 +65,11 @@ $(VENV)/demo.stamp: requirements/demo.txt requirements/constraints.txt pyproject
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/test.stamp: requirements/test.txt $(VENV)/demo.stamp
+$(VENV)/docs.stamp: requirements/docs.txt $(VENV)/demo.stamp
+	$(BIN)/python -m pip install -r requirements/docs.txt
+	@touch $@
+
+$(VENV)/test.stamp: requirements/test.txt requirements/docs.txt $(VENV)/demo.stamp
 	$(BIN)/python -m pip install -r requirements/test.txt
 	@touch $@
 
@@ -76,4 +84,4 @@ $(TUNIX)/test.stamp: requirements/tunix.txt pyproject.toml | $(TUNIX)/made.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TUNIX) build dist *.egg-info
+	rm -rf $(VENV) $(TUNIX) build dist site *.egg-info

@@ -1,6 +1,10 @@
-"""What the README of cggr 0.5.0 shows runs with the import changed."""
+"""What the README of cggr 0.5.0 shows runs with the import changed; old names lead somewhere."""
 
+import importlib
+import inspect
 import re
+from dataclasses import fields
+from pathlib import Path
 
 import models
 import pytest
@@ -133,3 +137,64 @@ def test_the_old_import_says_where_to_go(name):
         exec(f"from cggr import {name}")
     with pytest.raises(AttributeError, match=r"^module 'cggr' has no attribute 'CGGRTypo'$"):
         cggr.CGGRTypo  # noqa: B018
+
+
+TABLES = (Path(__file__).resolve().parent.parent / "docs" / "migration.md").read_text()
+TABLES = TABLES.partition("\n## Every name\n")[2].partition("\n## ")[0]
+ROWS = [
+    line.strip("| ").split(" | ")
+    for line in TABLES.splitlines()
+    if re.match(r"\| (?!cggr 0|---)", line)
+]
+
+
+def resolve(path):
+    """The object of a dotted path that begins with a module."""
+    parts = path.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[n:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+@pytest.mark.parametrize(("old", "new"), ROWS)
+def test_where_the_table_of_names_points_there_is_something(old, new):
+    targets = re.findall(r"`(cggr\.[\w.]+)(?:\((\w+)=\))?`", new)
+    assert targets or re.match(r"none: |the same |`\.\w+`$", new)
+    for path, keyword in targets:
+        found = resolve(path)
+        if keyword:
+            keywords = {*inspect.signature(found).parameters}
+            if "options" in keywords:
+                keywords |= {field.name for field in fields(cggr.RoutingConfig)}
+            assert keyword in keywords
+
+
+def test_the_check_above_can_fail():
+    with pytest.raises(AttributeError):
+        resolve("cggr.torch.CGGRLoss.stride")
+
+
+def test_the_keys_of_the_table_of_names():
+    from cggr.torch import CGGRLoss, CGGRModel, CGGRScorer, get_flash_attention_info
+
+    model = nn.Embedding(5, 5)
+    input_ids = torch.arange(5).repeat(2, 1)
+    criterion, cggr_model = CGGRLoss(), CGGRModel(model)
+    criterion(model(input_ids), input_ids)
+    cggr_model(input_ids, labels=input_ids)
+    found = (
+        criterion.get_metrics(),
+        cggr_model.get_metrics(),
+        CGGRScorer(model)(input_ids)[2],
+        get_flash_attention_info(),
+    )
+    named = [set(re.findall(r"`(\w+)`", old)) for old, _ in ROWS if " keys `" in f" {old}"]
+    assert len(named) == len(found)
+    for names, info in zip(named, found, strict=True):
+        assert names <= info.keys()

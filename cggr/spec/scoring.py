@@ -20,17 +20,15 @@ def token_difficulty(
 ) -> Any:
     """Difficulty of every token; higher is harder.
 
-    ============= ==============================================================
-    scoring       difficulty
-    ============= ==============================================================
-    entropy       entropy
-    margin        1 - margin
-    loss          nll
-    combined      entropy + (1 - margin) + nll, without nll if there are no targets
-    error_norm    error_norm
-    excess_loss   nll - reference_nll
-    a callable    its result
-    ============= ==============================================================
+    | scoring | difficulty |
+    | --- | --- |
+    | ``"entropy"`` | entropy |
+    | ``"margin"`` | 1 - margin |
+    | ``"loss"`` | nll |
+    | ``"combined"`` | entropy + (1 - margin) + nll, without nll if there are no targets |
+    | ``"error_norm"`` | error_norm |
+    | ``"excess_loss"`` | nll - reference_nll |
+    | a callable | its result |
 
     Args:
         statistics: From :func:`~cggr.spec.statistics.token_statistics`.
