@@ -17,7 +17,7 @@ BENCHMARKS = {
     "step": "CGGRModel's whole step, time and memory, against dense steps",
     "batch": "the largest whose step fits into 12 GiB",
     "latency": "of CGGRModel's step on four times the sequences",
-    "flash": "attention of transformers by each backend, against CGGRModel's own",
+    "flash": "attention by each backend, in whole steps",
     "growth": "of time and memory with length, batch and vocabulary",
     "jax_step": "CGGRModel's step in Flax, against a dense one",
     "jax_statistics": "of logits, from JAX against from PyTorch",
