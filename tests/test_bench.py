@@ -71,7 +71,7 @@ def test_the_list_has_every_benchmark_and_needs_no_device():
             (
                 "Invalid value for '[NAME]...': 'linear' is not one of 'statistics', "
                 "'linear_loss', 'linear_statistics', 'attention', 'step', 'batch', 'latency', "
-                "'growth', 'jax_step', 'jax_statistics'."
+                "'flash', 'growth', 'jax_step', 'jax_statistics'."
             ),
         ),
         (

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import cggr.torch.loss
 import cggr.torch.model
@@ -238,7 +239,9 @@ def tensor_parallel(device):
         if dist.get_rank() == 0:
             alone.save_pretrained(folder)
         dist.barrier()
-        spread = AutoModelForCausalLM.from_pretrained(shared[0], tp_plan="auto")
+        spread = AutoModelForCausalLM.from_pretrained(
+            shared[0], distributed_config=DistributedConfig(tp_plan="auto")
+        )
         dist.barrier()
     ids = torch.randint(3, 60, (8, 10), generator=torch.Generator().manual_seed(2)).to(device)
     model, reference = CGGRModel(spread, **BASE), CGGRModel(alone, split="sequence", **BASE)
