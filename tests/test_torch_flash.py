@@ -24,6 +24,9 @@ GPU = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0), "flash_attentio
 def machine(monkeypatch):
     """Makes this a machine with these packages, and a GPU that every model is on."""
 
+    if torch.cuda.is_available():
+        torch.cuda.init()  # which asks for what is replaced below
+
     def make(installed=(), capability=None):
         for version in (2, 3, 4):
             found = f"flash_attention_{version}" in installed
