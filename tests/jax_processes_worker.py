@@ -8,25 +8,24 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_nnx import Decoder, token_batch
 
-n_processes, process, port = map(int, sys.argv[1:])
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4 // n_processes)
-if n_processes > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", n_processes, process)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.sharding import AxisType, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-from tiny_nnx import Decoder, token_batch  # noqa: E402
-
-from cggr.jax import CGGRModel, create_truncated_router  # noqa: E402
+from cggr.jax import CGGRModel, create_truncated_router
 
 
 def main() -> None:
+    n_processes, process, port = map(int, sys.argv[1:])
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4 // n_processes)
+    if n_processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", n_processes, process)
+
     on = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = NamedSharding(on, P()), NamedSharding(on, P("data"))
 

@@ -54,7 +54,7 @@ def arrays(seed=0):
 
 def assert_close(result, expected):
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
 
 def logits_loss(hidden, weight, targets, config, **named):

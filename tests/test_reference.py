@@ -182,11 +182,10 @@ def test_both_frontends_train_on_the_same_excess(rows, model):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 def test_a_trainer_takes_them_as_a_column(rows, tmp_path):
-    from datasets import Dataset
-
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     from cggr.torch.trainer import CGGRTrainer
 
-    data = Dataset.from_dict(
+    data = datasets.Dataset.from_dict(
         {name: list(value) for name, value in rows.items()} | {"other": [0] * 4}
     )
     args = TrainingArguments(

@@ -1,12 +1,10 @@
 """CGGRModel in DistributedDataParallel and fully_shard, in processes of their own."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker
 import pytest
+from processes import run_processes
 
 WORKER = Path(distributed_worker.__file__)
 WAYS = {
@@ -19,10 +17,7 @@ WAYS = {
 @pytest.fixture(scope="module")
 def found():
     """All cases, of one start of two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(WORKER)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_processes(WORKER, 2)
 
 
 @pytest.mark.parametrize("model", distributed_worker.MODELS)

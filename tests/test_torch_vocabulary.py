@@ -1,13 +1,10 @@
 """A vocabulary that is spread over processes, in processes of their own."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import vocabulary_worker
+from processes import run_processes
 
 WORKER = Path(vocabulary_worker.__file__)
 CASES = [
@@ -21,27 +18,16 @@ CASES = [
 ]
 
 
-def run(n_processes, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={n_processes}", str(WORKER)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env=os.environ | environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def found():
     """All cases, of one start of four processes."""
-    return run(4)
+    return run_processes(WORKER, 4)
 
 
 @pytest.fixture(scope="module")
 def interpreted():
     """The Triton kernels in two processes."""
-    return run(2, CGGR_IMPLEMENTATION="triton", TRITON_INTERPRET="1")
+    return run_processes(WORKER, 2, CGGR_IMPLEMENTATION="triton", TRITON_INTERPRET="1")
 
 
 def check(row):
