@@ -130,6 +130,7 @@ def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
             max_grad_norm=0.0,
             train_sampling_strategy="sequential",
             average_tokens_across_devices=average,
+            ddp_find_unused_parameters=False,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
