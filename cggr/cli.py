@@ -55,6 +55,11 @@ class _Group(click.Group):
             message = error.format_message() if isinstance(error, click.ClickException) else error
             click.echo(f"cggr: {' '.join(str(message).split())}", err=True)
             sys.exit(BAD_INPUT)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            click.echo(f"cggr: {error.filename}: {error.strerror}", err=True)
+            sys.exit(BAD_INPUT)
         except (click.Abort, KeyboardInterrupt):
             click.echo("cggr: interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -357,6 +362,8 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
     except ModuleNotFoundError as error:
         raise click.UsageError(f"cggr show needs {error.name}: pip install 'cggr[race]'") from None
     output = Path(f"{file}.html") if output is None else output
+    if not output.parent.is_dir():  # before the model runs
+        raise click.BadParameter(f"no folder {output.parent}", param_hint="--output")
     found = show_text(file=file, output=output, **options)
     click.echo(
         f"{output}: {found['n_selected']:,} of {found['n_tokens']:,} tokens selected, of loss "

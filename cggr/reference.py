@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,11 @@ class ReferenceLosses:
 
         Raises:
             ReferenceFileError: The folder has losses of other tokens, or by other settings.
+            ValueError: There are no tokens.
         """
         stream = np.asarray(tokens).astype(np.int32)
+        if stream.ndim != 1 or not len(stream):
+            raise ValueError(f"tokens must be (N,), of one or more, got shape {stream.shape}.")
         digest = hashlib.sha256(stream.tobytes()).hexdigest()
         about = {"schema": 1, **about, "n_tokens": len(stream), "tokens_sha256": digest}
         if not (folder / _ABOUT).exists():
@@ -73,8 +77,10 @@ class ReferenceLosses:
             )
             empty[:] = np.nan
             empty.flush()
-            # Last: a folder without it was not begun.
-            (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            # Last, and at once: a folder without it was not begun.
+            partial = folder / f"{_ABOUT}.{os.getpid()}"
+            partial.write_text(json.dumps(about, indent=1) + "\n")
+            partial.replace(folder / _ABOUT)
         found = cls.open(folder, mode="r+")
         for name in dict.fromkeys([*about, *found.about]):
             if about.get(name) != found.about.get(name):
@@ -82,6 +88,8 @@ class ReferenceLosses:
                     f"{folder} holds losses with {name} {found.about.get(name)!r}, not "
                     f"{about.get(name)!r}: give another folder, or remove this one."
                 )
+        if not np.array_equal(found.tokens, stream):
+            raise ReferenceFileError(f"{folder} is damaged: {_TOKENS} has changed.")
         return found
 
     @classmethod
@@ -89,14 +97,23 @@ class ReferenceLosses:
         """Opens a folder that :meth:`create` began, without reading it into memory.
 
         Raises:
-            ReferenceFileError: There are no losses in it.
+            ReferenceFileError: There are no losses in it, or its files are damaged.
         """
         try:
             about = json.loads((folder / _ABOUT).read_text())
             tokens = np.load(folder / _TOKENS, mmap_mode="r")
             losses = np.load(folder / _LOSSES, mmap_mode=mode)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ReferenceFileError(f"{folder} holds no reference losses: {error}") from None
+        if not isinstance(about, dict):
+            raise ReferenceFileError(f"{folder} is damaged: {_ABOUT} holds no JSON object.")
+        shape = (about.get("n_tokens"),)
+        for name, array, dtype in ((_TOKENS, tokens, np.int32), (_LOSSES, losses, np.float32)):
+            if array.shape != shape or array.dtype != dtype:
+                raise ReferenceFileError(
+                    f"{folder} is damaged: {name} must be {np.dtype(dtype)} {shape}, got "
+                    f"{array.dtype} {array.shape}."
+                )
         return cls(tokens, losses, about)
 
     @property
@@ -136,4 +153,5 @@ class ReferenceLosses:
             )
         ids = np.array(self.tokens[index]).astype(np.int64)
         losses[:, -1] = np.nan_to_num(losses[:, -1])
-        return {"input_ids": ids, "labels": ids, "reference_nll": losses}
+        # Two arrays, so that labels can be masked without a change of what the model reads.
+        return {"input_ids": ids, "labels": ids.copy(), "reference_nll": losses}

@@ -42,19 +42,24 @@ def score_text(
     """Scores a text by the model of a folder, or goes on with it; the command's options.
 
     Raises:
-        RaceError: There is no text, or the model cannot be loaded or is too small.
+        RaceError: There is no text, or the model cannot be loaded, is too small, or gives losses
+            that are not finite.
         ReferenceFileError: The folder has losses of another text, or by other settings.
     """
-    documents, notes = read_documents(text)
+    documents, notes = read_documents(text, max_bytes=None, without=output)
     for note in notes:
         console.print(note)
     tokenizer, end_of_text = load_tokenizer(model)
     tokens = encode(tokenizer, [document.text for document in documents], end_of_text)
+    if len(tokens) < 2:
+        raise RaceError(
+            f"--text {source_name(text)}: {len(tokens)} tokens, of which none follows another"
+        )
     stride = max(1, context // 2) if stride is None else stride
     loaded = load_folder(model, getattr(torch, dtype)).to(find_device(device)).eval()
     check_size(loaded, model, context, tokenizer.get_vocab_size())
     about = {
-        "model": model.name,
+        "model": model.resolve().name,
         "weights_sha256": _digest(loaded),
         "text": source_name(text),
         "context": context,
@@ -74,14 +79,17 @@ def score_text(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("tokens", total=n_targets, completed=min(done, n_targets))
-        score_reference(
-            loaded,
-            reference,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            advance=lambda n_tokens: progress.advance(task, n_tokens),
-        )
+        try:
+            score_reference(
+                loaded,
+                reference,
+                context=context,
+                stride=stride,
+                batch_size=batch_size,
+                advance=lambda n_tokens: progress.advance(task, n_tokens),
+            )
+        except FloatingPointError as error:
+            raise RaceError(f"--model {model}: {error}") from None
     mean = float(reference.losses[:n_targets].mean())
     console.print(f"{n_targets:,} losses in {output}, {mean:.4f} nats a token in the mean.")
     return reference

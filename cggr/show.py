@@ -52,9 +52,10 @@ def show_text(
         n_tokens, n_selected and the mean loss of all and of the selected tokens, in nats.
 
     Raises:
-        RaceError: The file is no text, too short, or the model cannot be loaded or is too small.
+        RaceError: The file is no text, too short, or the model cannot be loaded, is too small, or
+            scores tokens by what is no number.
     """
-    (document,), _ = read_documents([file])
+    (document,), _ = read_documents([file], max_bytes=None, option="FILE")
     tokenizer, _ = load_tokenizer(model)
     encoding = tokenizer.encode(document.text, add_special_tokens=False)
     ids, spans = encoding.ids[:max_tokens], encoding.offsets[:max_tokens]
@@ -63,6 +64,9 @@ def show_text(
         raise RaceError(f"{file}: {len(ids)} tokens, of which none has one before it to tell it by")
     loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
     check_size(loaded, model, context, tokenizer.get_vocab_size())
+    layers = loaded.config.get_text_config().num_hidden_layers
+    if router_layers is not None and router_layers > layers:
+        raise RaceError(f"--router-layers {router_layers}: the model has {layers} layers")
     router = loaded if router_layers is None else create_truncated_router(loaded, router_layers)
     config = RoutingConfig(
         scoring=scoring,
@@ -72,7 +76,9 @@ def show_text(
         dynamic_threshold=False,
     )
     found = _scored(CGGRScorer(router, config), ids, context, loaded.device)
-    page = _page(document.name, document.text, spans, context, found, config, model.name)
+    if not torch.isfinite(found["difficulty"][found["is_target"]]).all():
+        raise RaceError(f"--model {model}: its scores of this text are not finite")
+    page = _page(document.name, document.text, spans, context, found, config, model.resolve().name)
     output.write_text(page, encoding="utf-8")
     nll, selected = found["nll"], found["selected"]
     return {

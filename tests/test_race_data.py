@@ -73,13 +73,29 @@ def test_twins_hidden_files_and_binaries_are_left_out(tmp_path):
     assert notes == ["2 files are not UTF-8 text and were left out."]
 
 
-def test_text_beyond_the_cap_is_left_out_with_a_note(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_TEXT_BYTES", 2_000_000)
+def test_text_beyond_the_cap_is_left_out_with_a_note(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text(name * 900_000)
-    found, notes = text.read_documents([tmp_path])
+    found, notes = text.read_documents([tmp_path], max_bytes=2_000_000)
     assert [item.text[0] for item in found] == ["a", "b"]
     assert notes == ["Only the first 2 MB of the text are used."]
+    found, notes = text.read_documents([tmp_path], max_bytes=None)
+    assert [item.text[0] for item in found] == ["a", "b", "c"]
+    assert notes == []
+    with pytest.raises(RaceError) as error:
+        text.read_documents([tmp_path / "a"], max_bytes=500_000, option="FILE")
+    assert str(error.value) == (
+        f"FILE {tmp_path / 'a'}: 1 MB are more than the 0 MB that are read: give a part of it"
+    )
+
+
+def test_a_folder_of_results_within_the_text_is_no_text(tmp_path):
+    (tmp_path / "part" / "out").mkdir(parents=True)
+    (tmp_path / "part" / "out" / "about.json").write_text("{}")
+    (tmp_path / "part" / "a.txt").write_text("first")
+    found, _ = text.read_documents([tmp_path], without=tmp_path / "part" / ".." / "part" / "out")
+    assert [item.text for item in found] == ["first"]
+    assert len(text.read_documents([tmp_path])[0]) == 2
 
 
 def test_the_standard_library_is_the_default():

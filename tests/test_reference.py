@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from models import VOCAB, build
 from races import save_tokenizer, write_book
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from cggr.cli import main
@@ -124,6 +126,59 @@ def test_rows_that_cannot_be_had_are_refused(tmp_path, model):
     last = reference.rows(np.array([97]), 4)
     assert np.isfinite(last["reference_nll"]).all()
     np.testing.assert_array_equal(last["reference_nll"][0, :3], reference.losses[97:100])
+
+
+def test_labels_are_not_the_tokens_themselves(rows):
+    rows["labels"][:] = -100
+    assert rows["input_ids"].min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("about.json", b"[]", "about.json holds no JSON object"),
+        ("about.json", b"{", "holds no reference losses"),
+        ("about.json", b"\xff", "holds no reference losses"),
+        ("tokens.npy", b"", "holds no reference losses"),
+        ("losses.npy", b"junk", "holds no reference losses"),
+        ("losses.npy", np.zeros(100, np.float32), r"losses.npy must be float32 \(101,\), got"),
+        ("losses.npy", np.zeros(101), r"losses.npy must be float32 \(101,\), got float64"),
+        ("tokens.npy", TOKENS, r"tokens.npy must be int32 \(101,\), got int64"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, file, content, message):
+    folder = tmp_path / "r"
+    ReferenceLosses.create(folder, TOKENS, ABOUT)
+    if isinstance(content, bytes):
+        (folder / file).write_bytes(content)
+    else:
+        np.save(folder / file, content)
+    with pytest.raises(ReferenceFileError, match=message):
+        ReferenceLosses.open(folder)
+    with pytest.raises(ReferenceFileError, match=message):
+        ReferenceLosses.create(folder, TOKENS, ABOUT)
+
+
+def test_changed_tokens_are_noticed_and_none_refused(tmp_path):
+    ReferenceLosses.create(tmp_path / "r", TOKENS, ABOUT)
+    np.save(tmp_path / "r" / "tokens.npy", TOKENS.astype(np.int32)[::-1])
+    with pytest.raises(ReferenceFileError, match=r"damaged: tokens\.npy has changed"):
+        ReferenceLosses.create(tmp_path / "r", TOKENS, ABOUT)
+    for wrong in ([], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"tokens must be \(N,\), of one or more"):
+            ReferenceLosses.create(tmp_path / "none", wrong, ABOUT)
+    assert not (tmp_path / "none").exists()
+
+
+def test_losses_that_are_not_finite_are_refused_where_they_are(tmp_path):
+    reference = ReferenceLosses.create(tmp_path / "r", np.arange(40), ABOUT)
+    table = torch.nn.Embedding(40, 40)
+    with torch.no_grad():
+        table.weight[21, 3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"at position 21 is nan, in torch.float32"):
+        score_reference(table, reference, context=8, batch_size=1)
+    # What came before its window is kept.
+    assert 8 <= reference.n_done <= 21
 
 
 @pytest.mark.parametrize(
@@ -260,5 +315,35 @@ def test_the_command_refuses_what_cannot_be(tmp_path, folder):
     assert "--context 128 is more than its 64 positions" in run(*options, "--context", 128).output
     assert "more than --context" in run(*options, "--context", 8, "--stride", 9).output
     assert "no config.json in it" in run(*options[2:], "--model", tmp_path).output
+    (tmp_path / "one.txt").write_text("e")
+    named = json.loads((folder / "tokenizer.json").read_text())
+    named["added_tokens"] = []  # no end of text before each text
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer.json").write_text(json.dumps(named))
+    few = run("--model", bare, "--text", tmp_path / "one.txt", *options[4:], "--context", 8)
+    assert few.exit_code == 2
+    assert "1 tokens, of which none follows another" in few.output
+    (tmp_path / "file").write_text("")
+    blocked = run(*options[:4], "--output", tmp_path / "file" / "r", "--context", 8)
+    assert blocked.exit_code == 2
+    assert "Traceback" not in blocked.output
+    weights = load_file(folder / "model.safetensors")
+    name = "model.norm.weight"
+    save_file(weights | {name: weights[name] * math.nan}, folder / "model.safetensors")
+    nan = run(*options, "--context", 8, "--device", "cpu")
+    assert nan.exit_code == 2
+    assert "the model's loss at position 0 is nan, in torch.float32" in " ".join(nan.output.split())
     (folder / "model.safetensors").unlink()
     assert "cannot be loaded" in run(*options, "--context", 8).output
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["model"]["type"] = "Nonsense"
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    assert "tokenizer.json is damaged" in run(*options, "--context", 8).output
+
+
+def test_the_output_within_the_text_is_no_part_of_it(tmp_path, folder):
+    book = write_book(tmp_path / "book")
+    options = ("--model", folder, "--text", book, "--context", 32, "--device", "cpu")
+    for _ in range(2):
+        done = run(*options, "--output", book / "reference")
+        assert done.exit_code == 0, done.output

@@ -1,5 +1,6 @@
 """The page of ``cggr show``: the text, which of it is selected, and how dark it is."""
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from models import build
 from races import save_tokenizer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from cggr.cli import main
@@ -117,4 +119,17 @@ def test_what_cannot_be_shown_is_refused(tmp_path, folder):
     assert few.exit_code == 2
     assert "1 tokens, of which none has one before it" in few.output
     assert "--context 65 is more than its 64" in show(tmp_path, folder, "--context", 65).output
-    assert "not a file of UTF-8 text" in show(tmp_path, folder, text="\0").output
+    binary = show(tmp_path, folder, text="\0").output
+    assert binary == f"cggr: FILE {tmp_path / 'text.txt'}: not a file of UTF-8 text\n"
+    deep = show(tmp_path, folder, "--context", 64, "--router-layers", 99)
+    assert deep.exit_code == 2
+    assert "--router-layers 99: the model has 3 layers" in deep.output
+    nowhere = show(tmp_path, folder, "--output", tmp_path / "none" / "page.html")
+    assert nowhere.exit_code == 2
+    assert "--output: no folder" in nowhere.output
+    weights = load_file(folder / "model.safetensors")
+    name = "model.norm.weight"
+    save_file(weights | {name: weights[name] * math.nan}, folder / "model.safetensors")
+    nan = show(tmp_path, folder)
+    assert nan.exit_code == 2
+    assert "its scores of this text are not finite" in nan.output

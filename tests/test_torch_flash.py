@@ -163,6 +163,23 @@ def test_a_saved_model_is_loaded_with_its_attention(tmp_path):
     )
     assert attention_of(half) == "sdpa"
     assert half.dtype == torch.bfloat16
+    same = load_model_with_flash_attention(str(tmp_path), dtype=torch.bfloat16, device_map=None)
+    assert same.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="dtype must come once"):
+        load_model_with_flash_attention(
+            str(tmp_path), dtype=torch.bfloat16, torch_dtype=torch.float16
+        )
+    with pytest.raises(TypeError, match="attn_implementation must be given as backend, got 'sdpa'"):
+        load_model_with_flash_attention(str(tmp_path), attn_implementation="sdpa")
+
+
+def test_auto_of_a_model_that_keeps_another_attention(machine, monkeypatch):
+    machine()
+    model = build("llama")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="keeps its 'flex_attention' and has none of"):
+        enable_flash_attention(model)
 
 
 @pytest.fixture

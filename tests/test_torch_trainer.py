@@ -474,3 +474,9 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused():
 
     with pytest.raises(ValueError, match="got Mine, whose loss is Mine's"):
         with_cggr(Mine)
+
+    class Both(CGGRTrainer, Mine):
+        pass
+
+    with pytest.raises(ValueError, match="got Both, whose loss is Mine's"):
+        Both(build("llama"))

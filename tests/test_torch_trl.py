@@ -4,14 +4,16 @@ import random
 
 import pytest
 import torch
-from datasets import Dataset
 from models import VOCAB, build
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
 from cggr.torch.trainer import CGGRTrainer, with_cggr
+
+Dataset = pytest.importorskip("datasets", reason="datasets is not installed").Dataset
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),

@@ -25,7 +25,12 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
     config = _read_json(folder, "config.json")
     if "model" not in _read_json(folder, "tokenizer.json"):
         raise RaceError(f"--model {folder}: its tokenizer.json describes no tokenizer")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        if type(error) is not Exception:  # the library has no class of its own
+            raise
+        raise RaceError(f"--model {folder}: tokenizer.json is damaged: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end = config.get("eos_token_id")

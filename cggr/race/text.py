@@ -50,7 +50,13 @@ class Split:
     notes: tuple[str, ...]
 
 
-def read_documents(paths: Sequence[Path] = ()) -> tuple[list[Document], list[str]]:
+def read_documents(
+    paths: Sequence[Path] = (),
+    *,
+    max_bytes: int | None = MAX_TEXT_BYTES,
+    without: Path | None = None,
+    option: str = "--text",
+) -> tuple[list[Document], list[str]]:
     """Reads files and folders, or the Python standard library's source if there are none.
 
     A folder gives its files of UTF-8 text, hidden ones aside. Of files with the same content the
@@ -58,6 +64,9 @@ def read_documents(paths: Sequence[Path] = ()) -> tuple[list[Document], list[str
 
     Args:
         paths: Files and folders.
+        max_bytes: Of UTF-8 in all; no limit if None.
+        without: A file or folder that is no part of the text wherever it lies.
+        option: What the user calls the paths, for errors.
 
     Returns:
         The documents, in an order that depends on their names alone, and notes on what was left
@@ -68,30 +77,35 @@ def read_documents(paths: Sequence[Path] = ()) -> tuple[list[Document], list[str
     """
     found: dict[bytes, Document] = {}
     total, unreadable, notes = 0, 0, []
-    for name, path, named in _files(paths):
+    for name, path, named in _files(paths, without, option):
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
             text = "\0"
         except OSError as error:
-            raise RaceError(f"--text {path}: {error.strerror}") from None
+            raise RaceError(f"{option} {path}: {error.strerror}") from None
         # NUL is valid UTF-8 but marks a binary file, as it does for git and grep.
         if "\0" in text:
             if named:
-                raise RaceError(f"--text {path}: not a file of UTF-8 text")
+                raise RaceError(f"{option} {path}: not a file of UTF-8 text")
             unreadable += 1
             continue
         document = Document(name, text)
         if not text.strip() or (key := hashlib.sha256(text.encode()).digest()) in found:
             continue
-        if total + document.size > MAX_TEXT_BYTES:
-            notes.append(f"Only the first {MAX_TEXT_BYTES / 1e6:.0f} MB of the text are used.")
+        if max_bytes is not None and total + document.size > max_bytes:
+            if not found:
+                raise RaceError(
+                    f"{option} {path}: {document.size / 1e6:.0f} MB are more than the "
+                    f"{max_bytes / 1e6:.0f} MB that are read: give a part of it"
+                )
+            notes.append(f"Only the first {max_bytes / 1e6:.0f} MB of the text are used.")
             break
         found[key] = document
         total += document.size
     if not found:
         names = " ".join(str(path) for path in paths) or "the standard library"
-        raise RaceError(f"--text {names}: no text in it")
+        raise RaceError(f"{option} {names}: no text in it")
     if unreadable:
         notes.append(f"{unreadable} files are not UTF-8 text and were left out.")
     return list(found.values()), notes
@@ -104,8 +118,11 @@ def source_name(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths)
 
 
-def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path, bool]]:
+def _files(
+    paths: Sequence[Path], without: Path | None, option: str
+) -> Iterator[tuple[str, Path, bool]]:
     """Yields (name, path, was it named by the user) in a deterministic order."""
+    without = None if without is None else without.resolve()
     if not paths:
         root = Path(sysconfig.get_paths()["stdlib"])
         for path in sorted(root.rglob("*.py")):
@@ -117,13 +134,16 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path, bool]]:
             yield root.name, root, True
         elif root.is_dir():
             for folder, subfolders, files in os.walk(root):
+                if without is not None and Path(folder).resolve() == without:
+                    subfolders.clear()
+                    continue
                 subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
                 for file in sorted(name for name in files if not name.startswith(".")):
                     path = Path(folder, file)
                     if path.is_file():
                         yield f"{root.name}/{path.relative_to(root).as_posix()}", path, False
         else:
-            raise RaceError(f"--text {root}: no such file or folder")
+            raise RaceError(f"{option} {root}: no such file or folder")
 
 
 def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) -> Split:

@@ -101,7 +101,13 @@ def enable_flash_attention(model: nn.Module, backend: str = "auto") -> nn.Module
     if not hasattr(inner, "set_attn_implementation"):
         raise TypeError(f"model must be one of transformers', got {type(inner).__name__}.")
     if backend == "auto":
-        backend = next(name for name in BACKENDS if _suits(inner, name))
+        suiting = [name for name in BACKENDS if _suits(inner, name)]
+        if not suiting:
+            raise ValueError(
+                f"backend must not be 'auto' for {type(inner).__name__}, which keeps its "
+                f"{inner.config._attn_implementation!r} and has none of {', '.join(BACKENDS)}."
+            )
+        backend = suiting[0]
     elif (reason := _why_not(inner, backend)) is not None:
         raise reason
     if inner.config._attn_implementation != backend:
@@ -119,6 +125,8 @@ def load_model_with_flash_attention(
     backend: str = "auto",
     torch_dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = "auto",
+    *,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a causal language model and set its attention.
@@ -129,6 +137,7 @@ def load_model_with_flash_attention(
         torch_dtype: Of the weights; bfloat16 by default where the GPU multiplies it, else the
             checkpoint's.
         device_map: Where the weights go; needs accelerate, unless None.
+        dtype: Another name of `torch_dtype`, as ``from_pretrained`` has it.
         **options: Of ``from_pretrained``.
 
     Returns:
@@ -136,6 +145,7 @@ def load_model_with_flash_attention(
 
     Raises:
         ImportError: The package is not installed; the message has the command.
+        TypeError: `dtype` comes twice, or the attention by a name that is not `backend`.
         ValueError: `backend` is unknown, or the model or the GPU cannot use it.
 
     Example:
@@ -154,12 +164,19 @@ def load_model_with_flash_attention(
     # Before what may be many gigabytes are loaded.
     if backend in _FLASH and (reason := _why_not_here(backend)) is not None:
         raise reason
-    if torch_dtype is None:
+    if "attn_implementation" in options:
+        raise TypeError(
+            f"attn_implementation must be given as backend, got {options['attn_implementation']!r}."
+        )
+    if dtype is not None and torch_dtype is not None:
+        raise TypeError(f"dtype must come once, got {dtype} and torch_dtype={torch_dtype}.")
+    dtype = torch_dtype if dtype is None else dtype
+    if dtype is None:
         halves = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-        torch_dtype = torch.bfloat16 if halves else "auto"
+        dtype = torch.bfloat16 if halves else "auto"
     asked = {} if backend == "auto" else {"attn_implementation": backend}
     model = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path, dtype=torch_dtype, device_map=device_map, **asked, **options
+        model_name_or_path, dtype=dtype, device_map=device_map, **asked, **options
     )
     return enable_flash_attention(model, backend)
 

@@ -39,6 +39,7 @@ def score_reference(
         advance: Is told of every so many tokens that are done.
 
     Raises:
+        FloatingPointError: The model gives a loss that is not finite.
         ValueError: `context`, `stride` or `batch_size` is out of range.
 
     Example:
@@ -65,7 +66,13 @@ def score_reference(
         logits = logits_of(call_model(model, switch | {"input_ids": ids[:, :-1]}))
         losses = token_statistics(logits, ids[:, 1:]).nll.float().cpu().numpy()
         for (begin, first), row in zip(windows, losses, strict=True):
-            reference.losses[first : begin + context] = row[first - begin :]
+            new = row[first - begin :]
+            if len(wrong := np.flatnonzero(~np.isfinite(new))):
+                raise FloatingPointError(
+                    f"the model's loss at position {first + wrong[0]} is {new[wrong[0]]}, in "
+                    f"{logits.dtype}: its losses must be finite."
+                )
+            reference.losses[first : begin + context] = new
             advance(begin + context - first)
     flush: Any = getattr(reference.losses, "flush", lambda: None)
     flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class CGGRTrainer(Trainer):
             raise TypeError(
                 f"routing['router'] must be a module or a number of layers, got {router!r}."
             )
+        mro = type(self).__mro__
+        _check_loss(mro[mro.index(CGGRTrainer) + 1 :], type(self))
         if "model" in self._routing:
             raise ValueError("routing must not have 'model', which is the trainer's.")
         super().__init__(*args, **kwargs)
@@ -317,14 +319,19 @@ def with_cggr(trainer: type[Trainer]) -> type[Trainer]:
         raise TypeError(f"trainer must be a subclass of transformers.Trainer, got {trainer}.")
     if issubclass(trainer, CGGRTrainer):
         return trainer
-    owner = next(kind for kind in trainer.__mro__ if "compute_loss" in vars(kind))
+    _check_loss(trainer.__mro__, trainer)
+    return _subclass(trainer)  # type: ignore[arg-type]
+
+
+def _check_loss(classes: Sequence[type], trainer: type) -> None:
+    """Refuses a loss that the routed one would silently take the place of."""
+    owner = next(kind for kind in classes if "compute_loss" in vars(kind))
     is_sft = owner.__name__ == "SFTTrainer" and owner.__module__.startswith("trl.")
     if not (owner is Trainer or is_sft):
         raise ValueError(
             f"trainer must have the loss of Trainer or of TRL's SFTTrainer, which the routed loss "
             f"takes the place of, got {trainer.__name__}, whose loss is {owner.__name__}'s."
         )
-    return _subclass(trainer)  # type: ignore[arg-type]
 
 
 @functools.cache
