@@ -256,7 +256,7 @@ def fully_sharded(state, on):
     """Every parameter over the devices, by its first dimension that they divide."""
 
     def place(x):
-        whole = next((i for i, size in enumerate(x.shape) if size and size % 8 == 0), None)
+        whole = next((i for i, size in enumerate(x.shape) if size and size % on.size == 0), None)
         spec = P() if whole is None else P(*[None] * whole, "data")
         return jax.device_put(x, NamedSharding(on, spec))
 

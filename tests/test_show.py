@@ -130,6 +130,6 @@ def test_what_cannot_be_shown_is_refused(tmp_path, folder):
     weights = load_file(folder / "model.safetensors")
     name = "model.norm.weight"
     save_file(weights | {name: weights[name] * math.nan}, folder / "model.safetensors")
-    nan = show(tmp_path, folder)
+    nan = show(tmp_path, folder, "--context", 64)
     assert nan.exit_code == 2
     assert "its scores of this text are not finite" in nan.output
