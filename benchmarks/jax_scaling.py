@@ -123,7 +123,7 @@ def main() -> None:
     )
     report.print_case(Console(), title, rows, columns)
     content = {"benchmark": "jax_scaling", "case": case.title, **machine.environment(here)}
-    report.write(options.out / "jax_scaling.json", {**content, "contestants": rows})
+    report.write(options.out / f"jax_scaling-{options.case}.json", {**content, "contestants": rows})
 
 
 if __name__ == "__main__":

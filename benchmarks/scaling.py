@@ -169,7 +169,7 @@ def main() -> None:
     )
     report.print_case(Console(), title, rows, columns)
     content = {"benchmark": "scaling", "case": case.title, **machine.environment(here)}
-    report.write(options.out / "scaling.json", {**content, "contestants": rows})
+    report.write(options.out / f"scaling-{options.case}.json", {**content, "contestants": rows})
 
 
 if __name__ == "__main__":

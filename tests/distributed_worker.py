@@ -110,7 +110,7 @@ def misuse(ids_RBS: torch.Tensor) -> str:
     return ""
 
 
-def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
+def train(split: str, *, empty: bool, average: bool, fsdp: bool) -> dict[str, float]:
     """Largest distance of a weight after CGGRTrainer's steps, from those of a plain loop."""
     device = "cpu" if not torch.cuda.is_available() else "cuda"
     steps, world, ids = 3, dist.get_world_size(), torch.arange(3, 63)
@@ -136,6 +136,7 @@ def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
             disable_tqdm=True,
             bf16=False,
             use_cpu=device == "cpu",
+            fsdp=fsdp,
         )
         options = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.3}
         ran = CGGRTrainer(build("llama"), args, train_dataset=data, routing=options | SPLITS[split])
@@ -163,7 +164,8 @@ def train(split: str, *, empty: bool, average: bool) -> dict[str, float]:
         model.zero_grad()
         alone.step()
     cggr_model.process_rank = process_rank
-    pairs = zip(ran.model.parameters(), model.parameters(), strict=True)
+    trained = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in ran.model.parameters()]
+    pairs = zip(trained, model.parameters(), strict=True)
     distance = max((got - wanted).abs().max().item() for got, wanted in pairs)
     moved = zip(model.parameters(), build("llama").to(device).parameters(), strict=True)
     return {"distance": distance, "moved": max((a - b).abs().max().item() for a, b in moved)}
@@ -190,11 +192,13 @@ def main() -> None:
                 for kind, labels_RBS in labels.items():
                     case = {"model": name, "way": way, "split": split, "labels": kind}
                     rows.append(case | compare(name, way, split, labels_RBS, ids_RBS))
-    for split in ("token", "sequence"):
-        for empty in (False, True):
-            for average in (False, True):
-                case = {"trainer": split, "empty": empty, "average": average}
-                rows.append(case | train(split, empty=empty, average=average))
+    # Accelerate shards on GPUs alone.
+    for fsdp in (False, True) if device.type == "cuda" else (False,):
+        for split in ("token", "sequence"):
+            for empty in (False, True):
+                for average in (False, True):
+                    case = {"empty": empty, "average": average, "fsdp": fsdp}
+                    rows.append({"trainer": split} | case | train(split, **case))
     if dist.get_rank() == 0:
         print(json.dumps({"world": world, "device": device.type, "rows": rows}))
     dist.destroy_process_group()

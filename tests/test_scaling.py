@@ -26,7 +26,7 @@ def test_speed_of_each_way_is_set_against_one_process(script, option, wrappers, 
         [*command, f"--out={tmp_path}"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / f"{script}.json").read_text())["contestants"]
+    rows = json.loads((tmp_path / f"{script}-1.json").read_text())["contestants"]
     speeds = {row["contestant"]: row["tokens_per_s"] for row in rows}
     names = [
         f"{way}, {wrapper}"

@@ -272,7 +272,7 @@ def misuse(mesh):
     hidden, targets = hidden[0], targets[0]
     rows = distribute_tensor(weight, mesh, [Shard(0)])
     columns = distribute_tensor(weight, mesh, [Shard(1)])
-    few = distribute_tensor(weight[:5], mesh, [Shard(0)])
+    few = distribute_tensor(weight[:1], mesh, [Shard(0)])
     logits = distribute_tensor(F.linear(hidden, weight), mesh, [Shard(1)])
     parts = distribute_tensor(F.linear(hidden, weight), mesh, [Shard(2)])
 
