@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--case", type=int, default=1, choices=range(1, len(CASES) + 1))
+    parser.add_argument("--wrappers", nargs="+", default=WRAPPERS, choices=WRAPPERS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
     gpu = jax.default_backend() == "gpu"
     case = CASES[options.case - 1] if gpu else TOY
     rows: list[dict[str, Any]] = []
-    for wrapper in WRAPPERS:
+    for wrapper in options.wrappers:
         for way in WAYS:
             alone: float | None = None
             for devices in options.devices:

@@ -3,7 +3,8 @@
     python benchmarks/scaling.py --processes 1 2 4
 
 Every process has a GPU and a batch of its own, of the same size whatever their number. Steps of
-DistributedDataParallel and FSDP2: forward, backward, AdamW. A round's time is that of the slowest
+DistributedDataParallel and FSDP2, which gathers a layer's weights for every pass, or keeps them
+until its backward pass: forward, backward, AdamW. A round's time is that of the slowest
 process, by the host's clock around steps that end with the device's last work. Without GPUs it is a
 toy model's, with gloo: whether it runs, not how fast.
 """
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from cggr.torch import CGGRModel
 TOY = StepCase(4 * 64, 256, 32, "float32", "a toy", 4, 2, 2, 1, 64)
 ROUTED = {"token, ratio 0.25": "token", "sequence, ratio 0.25": "sequence"}
 WAYS = ("dense", *ROUTED)
-WRAPPERS = ("ddp", "fsdp")
+WRAPPERS = ("ddp", "fsdp", "fsdp, kept")
 WARM_UP_STEPS, STEPS = 5, 5
 
 
@@ -56,13 +57,14 @@ def make_step(wrapper: str, way: str, case: StepCase, device: torch.device) -> C
             min_tokens_ratio=0.25,
             warmup_steps=0,
             dynamic_threshold=False,
-        ).to(device)
+        )
     if wrapper == "ddp":
         step = DistributedDataParallel(step)
     else:
+        keep = {"reshard_after_forward": False} if wrapper == "fsdp, kept" else {}
         for layer in model.model.layers:
-            fully_shard(layer)
-        step = fully_shard(step)
+            fully_shard(layer, **keep)
+        step = fully_shard(step, **keep)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def train() -> Tensor:
@@ -99,15 +101,17 @@ def seconds(train: Callable[[], Tensor], rounds: int, device: torch.device) -> l
     return found
 
 
-def work(case: StepCase, rounds: int) -> None:
+def work(case: StepCase, wrappers: Sequence[str], rounds: int) -> None:
     """In one of the processes; the first prints the rows as JSON."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     rows = []
-    for wrapper in WRAPPERS:
+    for wrapper in wrappers:
         for way in WAYS:
             times = seconds(make_step(wrapper, way, case, device), rounds, device)
             rows.append(
@@ -137,13 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--case", type=int, default=1, choices=range(1, len(CASES) + 1))
+    parser.add_argument("--wrappers", nargs="+", default=WRAPPERS, choices=WRAPPERS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     case = CASES[options.case - 1] if torch.cuda.is_available() else TOY
     if options.worker:
-        work(case, options.rounds)
+        work(case, options.wrappers, options.rounds)
         return
     gpus = torch.cuda.device_count()
     if gpus and max(options.processes) > gpus:
@@ -151,6 +156,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for processes in options.processes:
         passed = [f"--case={options.case}", f"--rounds={options.rounds}"]
+        passed += ["--wrappers", *options.wrappers]
         rows += launch(processes, passed)
     first = {row["contestant"].rpartition(",")[0]: row for row in reversed(rows)}
     for row in rows:

@@ -177,7 +177,10 @@ def main() -> None:
     if torch.cuda.device_count() >= world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    if device.type == "cpu":
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("nccl", device_id=device)
     generator = torch.Generator().manual_seed(1)
     ids_RBS = torch.randint(3, 60, (world, BATCH, LENGTH), generator=generator).to(device)
     padded_RBS = ids_RBS.clone()

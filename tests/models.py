@@ -101,7 +101,7 @@ def build(name, *, layers=LAYERS, seed=0, **options):
     config_class, model_class, defaults = ARCHITECTURES[name]
     options = {**defaults, **options}
     options["n_layer" if "n_layer" in options else "num_hidden_layers"] = layers
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = getattr(transformers, config_class)(**options)
         model = getattr(transformers, model_class)(config)

@@ -15,7 +15,7 @@ FORCED = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORM
 @pytest.mark.parametrize(
     ("script", "option", "wrappers"),
     [
-        ("scaling", "--processes", ("ddp", "fsdp")),
+        ("scaling", "--processes", ("ddp", "fsdp", "fsdp, kept")),
         ("jax_scaling", "--devices", ("replicated", "sharded")),
     ],
 )

@@ -232,7 +232,7 @@ def statistics(mesh, with_targets):
 
 def tensor_parallel(device):
     """Whole sequences of a model that transformers has spread, against the model itself."""
-    alone = build("llama", num_key_value_heads=4).to(device)
+    alone = build("llama", num_key_value_heads=4, vocab_size=68).to(device)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         dist.broadcast_object_list(shared)
@@ -300,7 +300,10 @@ def main() -> None:
     if torch.cuda.device_count() >= world:
         device = "cuda"
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device == "cpu":
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("nccl", device_id=torch.device(device, local))
     line = init_device_mesh(device, (world,), mesh_dim_names=("vocabulary",))
     rows = []
     for kind in KINDS:

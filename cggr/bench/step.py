@@ -112,7 +112,8 @@ def make_model(case: StepCase, seed: int, device: str = "cuda") -> Any:
         eos_token_id=0,
         use_cache=False,
     )
-    with torch.random.fork_rng(), torch.device(device):
+    drawn_on = [] if device == "cpu" else [torch.device(device)]
+    with torch.random.fork_rng(drawn_on), torch.device(device):
         torch.manual_seed(seed)
         model = transformers.LlamaForCausalLM(config)
     return model.to(getattr(torch, case.dtype)).train()

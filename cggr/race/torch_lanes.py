@@ -163,7 +163,7 @@ def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transforme
     if settings.model is not None:
         return load_model(settings.model, settings, corpus)
     shape = new_decoder(settings, corpus.vocab_size)
-    with torch.random.fork_rng():  # transformers draws weights, which are replaced at once
+    with torch.random.fork_rng([]):  # transformers draws weights, which are replaced at once
         model = transformers.LlamaForCausalLM(llama_config(shape, corpus.end_of_text))
     weights = {
         name: torch.from_numpy(weight) for name, weight in initial_weights(shape, seed).items()

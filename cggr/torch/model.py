@@ -142,6 +142,11 @@ class CGGRModel(nn.Module):
             shift_labels=shift_labels,
             **options,
         )
+        placed = next(model.parameters(), None)
+        if placed is not None and not placed.is_meta:
+            # Now, not at the first forward: DistributedDataParallel sends buffers around by NCCL,
+            # which knows GPUs alone.
+            self.scorer.follow(placed.device)
 
         config = self.scorer.config
         if split == "token":
