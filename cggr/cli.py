@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,41 @@ class _Names(click.ParamType):
         return tuple(name.strip() for name in value.split(","))
 
 
+class _Numbers(click.ParamType):
+    """Numbers separated by commas, or a list of a configuration."""
+
+    name = "NUMBERS"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(float(part) for part in parts)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is not a list of numbers, such as 1e-3,3e-3", param, ctx)
+
+
+def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Takes the options of a TOML file for defaults, and its lanes for the lanes there are."""
+    if path is None:
+        return
+    try:
+        options = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}", ctx, param) from None
+    options = {key.replace("-", "_"): value for key, value in options.items()}
+    ctx.obj = options.pop("lanes", {})
+    if not isinstance(ctx.obj, dict):
+        raise click.BadParameter(f"{path}: lanes must be tables [lanes.NAME]", ctx, param)
+    known = {option.name for option in ctx.command.params} - {"config"}
+    if unknown := sorted(options.keys() - known):
+        raise click.BadParameter(f"{path}: race has no option {unknown[0]!r}", ctx, param)
+    if ctx.obj:
+        options["lanes"] = ",".join(ctx.obj)
+    ctx.default_map = options
+
+
 @click.group(
     cls=_Group,
     invoke_without_command=True,
@@ -134,6 +170,14 @@ _TEXT = click.option(
 
 @main.command(context_settings={"show_default": True})
 @_options(
+    click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        callback=_configure,
+        is_eager=True,
+        expose_value=False,
+        help="TOML file of these options, and of lanes as tables [lanes.NAME].",
+    ),
     click.option("--budget", type=_Amount(), default="60s", help="Training per lane and seed."),
     click.option(
         "--lanes",
@@ -183,6 +227,30 @@ _TEXT = click.option(
         show_default="6e-3; 5e-5 with --model",
         help="Peak; it decays over the budget.",
     ),
+    click.option(
+        "--learning-rates",
+        type=_Numbers(),
+        default=(),
+        show_default="none",
+        help="Peaks of which every lane has its best, by its first seed.",
+    ),
+    click.option(
+        "--noise",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        help="Part of the lines to train on whose words are random.",
+    ),
+    click.option(
+        "--reference",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder of the model whose losses excess_loss is in excess of.",
+    ),
+    click.option(
+        "--compiled",
+        is_flag=True,
+        help="Compiled steps, on a GPU in CUDA graphs and bfloat16; one lane after the other.",
+    ),
+    click.option("--save", metavar="LANE", help="Leave this lane's model in the run's folder."),
     click.option("--hidden-size", type=_POSITIVE, default=192),
     click.option("--layers", type=_POSITIVE, default=4),
     click.option("--vocab-size", type=click.IntRange(min=257), default=4096),
@@ -200,10 +268,20 @@ _TEXT = click.option(
         default=Path("runs"),
         help="Folder of the runs.",
     ),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with the race of this --name; with more lanes or seeds.",
+    ),
 )
 @click.pass_context
 def race(
-    ctx: click.Context, name: str | None, output: Path, threads: int | None, **options: Any
+    ctx: click.Context,
+    name: str | None,
+    output: Path,
+    threads: int | None,
+    resume: bool,
+    **options: Any,
 ) -> None:
     """Race dense, random and CGGR training at an equal budget.
 
@@ -216,13 +294,15 @@ def race(
                 raise click.UsageError(
                     f"--{option.replace('_', '-')} shapes a new model; --model brings its own"
                 )
-    settings = RaceSettings(**options)
+    settings = RaceSettings(**options, tables=ctx.obj or {})
+    if resume and name is None:
+        raise click.UsageError("--resume needs the --name of the race to go on with")
     if name is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{now}-{settings.selection}-{settings.ratio:g}-{settings.budget}"
     elif Path(name).name != name or name in ("", ".", ".."):
         raise click.BadParameter(f"{name!r} is not a plain name", param_hint="--name")
-    if (output / name / "results.json").exists():
+    if not resume and (output / name / "results.json").exists():
         raise click.BadParameter(
             f"{output / name} holds the results of an earlier race", param_hint="--name"
         )
@@ -240,7 +320,8 @@ def race(
             f"pip install 'cggr[{extra}]'"
         ) from None
 
-    complete = run(settings, backend, output / name, Console(), threads=threads)
+    folder = output / name
+    complete = run(settings, backend, folder, Console(), threads=threads, resume=resume)
     ctx.exit(0 if complete else INTERRUPTED)
 
 

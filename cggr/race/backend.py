@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from cggr.race.engine import Lane
 from cggr.race.machine import Runtime
 from cggr.race.settings import RaceSettings
-from cggr.race.tokens import Corpus
+from cggr.race.tokens import Corpus, Losses
 
 
 class Backend(Protocol):
@@ -28,6 +28,9 @@ class Backend(Protocol):
 
     def count_parameters(self, settings: RaceSettings, corpus: Corpus) -> int:
         """Number of values that the race's model trains; refuses a model that cannot race."""
+
+    def reference_losses(self, settings: RaceSettings, corpus: Corpus, device: Any) -> Losses:
+        """The reference's loss of what follows every training token; where the backend can."""
 
     def make_lanes(
         self, settings: RaceSettings, corpus: Corpus, device: Any

@@ -8,21 +8,18 @@ machine that slows down slows all of them, and so that stopping early leaves com
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from cggr.race.settings import Budget, RaceError, RaceSettings
+from cggr.race.tokens import Batch, BatchFunction
 
 TURN_SECONDS = 1.0
 WARMUP = 0.05  # fraction of the budget over which the learning rate rises
 ROUNDING = 1e-9  # 3 x 0.1 is not 0.3
-
-Batch = npt.NDArray[np.int64]
-BatchFunction = Callable[[int], Batch]
 
 
 class Lane(Protocol):
@@ -35,7 +32,7 @@ class Lane(Protocol):
     name: str
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
-        """Updates the model on one batch of token ids, (B, S); may return before it is done."""
+        """Updates the model on one batch; may return before it is done."""
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""
@@ -54,6 +51,9 @@ class Lane(Protocol):
 
     def evaluate(self) -> float:
         """The mean loss over all held-out tokens, in nats per token."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the model as it is now, for ``--model``; where the backend can."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Run:
 
     lane: str
     seed: int
+    learning_rate: float = 0.0
     seconds: float = 0.0
     steps: int = 0
     tokens_seen: int = 0
@@ -120,52 +121,89 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * max(0.0, (1 - progress) / (1 - WARMUP))
 
 
+def best_rate(runs: Sequence[Run]) -> float:
+    """The learning rate of the lowest final loss; of equal ones the lowest.
+
+    Args:
+        runs: A lane's, of one seed.
+    """
+
+    def rank(run: Run) -> tuple[bool, float, float]:
+        loss = run.curve[-1].loss
+        return math.isnan(loss), loss, run.learning_rate
+
+    return min(runs, key=rank).learning_rate
+
+
 def run_race(
     settings: RaceSettings,
     *,
     make_lane: Callable[[str, int], Lane],
-    make_batches: Callable[[int], BatchFunction],
+    make_batches: Callable[[int, str], BatchFunction],
     watcher: Watcher | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    done: Sequence[Run] = (),
+    finished: Callable[[Run, Lane, Sequence[Run]], None] = lambda run, lane, runs: None,
 ) -> list[Run]:
     """Races all lanes with all seeds.
 
     Args:
         settings: The race.
         make_lane: Builds the lane of a name and seed; lanes of one seed start from one model.
-        make_batches: Gives the batches of a seed as a function of the step.
+        make_batches: Gives the batches of a seed and a lane as a function of the step.
         watcher: Is told how it goes.
         clock: Seconds, from any origin.
+        done: Runs of an earlier race with these settings, which need not be run again.
+        finished: Is told of a run that has reached its end, with its lane and all runs so far.
 
     Returns:
-        A run per lane and seed. After Ctrl-C: what was measured until then, with
-        ``complete=False`` for the runs that were cut off.
+        A run per lane and seed, and per learning rate with the first. After Ctrl-C: what was
+        measured until then, with ``complete=False`` for the runs that were cut off.
 
     Raises:
         RaceError: A budget in seconds is shorter than one training step.
     """
     watcher = watcher or Watcher()
-    runs: list[Run] = []
+    runs = [run for run in done if run.complete]
+
+    def race(names: Sequence[str], seed: int, rate: float) -> None:
+        """Races some lanes, where they have not raced yet."""
+        had = {(run.lane, run.seed, run.learning_rate) for run in runs}
+        names = [name for name in names if (name, seed, rate) not in had]
+        if not names:
+            return
+        batches = {name: make_batches(seed, name) for name in names}
+        for name in names:
+            _warm_up(make_lane(name, seed), batches[name](0), settings.budget, clock)
+        lanes = {name: make_lane(name, seed) for name in names}
+        racing = [Run(name, seed, rate) for name in names]
+        loss = lanes[names[0]].evaluate()  # of the one model that all start from
+        for run in racing:
+            run.curve.append(run.now(loss))
+        runs.extend(racing)  # only now: a run has at least the point that it starts from
+        watcher.seed_started(racing)
+        while unfinished := [run for run in racing if not run.complete]:
+            run = min(unfinished, key=lambda run: _progress(run, settings.budget))
+            _take_turn(run, lanes[run.lane], batches[run.lane], settings, clock)
+            watcher.turn_ended(run)
+            if _progress(run, settings.budget) >= _next_evaluation(run, settings):
+                run.curve.append(run.now(lanes[run.lane].evaluate()))
+                run.complete = _progress(run, settings.budget) >= 1
+                watcher.evaluated(run)
+                if run.complete:
+                    finished(run, lanes[run.lane], runs)
+
     try:
-        for seed in range(settings.seeds):
-            batch = make_batches(seed)
+        if not settings.one_by_one:
+            for seed in range(settings.seeds):
+                race(settings.lanes, seed, settings.peak_learning_rate)
+        else:
             for name in settings.lanes:
-                _warm_up(make_lane(name, seed), batch(0), settings.budget, clock)
-            lanes = {name: make_lane(name, seed) for name in settings.lanes}
-            racing = [Run(name, seed) for name in settings.lanes]
-            loss = lanes[settings.lanes[0]].evaluate()  # of the one model that all start from
-            for run in racing:
-                run.curve.append(run.now(loss))
-            runs += racing  # only now: a run has at least the point that it starts from
-            watcher.seed_started(racing)
-            while unfinished := [run for run in racing if not run.complete]:
-                run = min(unfinished, key=lambda run: _progress(run, settings.budget))
-                _take_turn(run, lanes[run.lane], batch, settings, clock)
-                watcher.turn_ended(run)
-                if _progress(run, settings.budget) >= _next_evaluation(run, settings):
-                    run.curve.append(run.now(lanes[run.lane].evaluate()))
-                    run.complete = _progress(run, settings.budget) >= 1
-                    watcher.evaluated(run)
+                for rate in settings.rates:
+                    race([name], 0, rate)
+                first = [run for run in runs if (run.lane, run.seed) == (name, 0)]
+                for seed in range(1, settings.seeds):
+                    race([name], seed, best_rate(first))
     except KeyboardInterrupt:
         pass  # the runs say themselves that they are not complete
     return runs
@@ -215,10 +253,10 @@ def _take_turn(
     lane.synchronize()
     start = clock()
     while progress < due and run.seconds - before < TURN_SECONDS:
-        ids = batch(run.steps)
-        lane.train_step(ids, learning_rate(progress, settings.peak_learning_rate))
+        given = batch(run.steps)
+        lane.train_step(given, learning_rate(progress, run.learning_rate))
         run.steps += 1
-        run.tokens_seen += ids.size
+        run.tokens_seen += given.ids.size
         run.seconds = before + clock() - start
         progress = _progress(run, settings.budget)
     lane.synchronize()

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -41,12 +43,13 @@ def draw(
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    styles = _styles([summary.lane for summary in summaries])
     for axes, field, label in (
         (left, "seconds", "training time in seconds, scoring included"),
         (right, "steps", "optimizer steps"),
     ):
         for summary in summaries:
-            _draw_lane(axes, summary, field)
+            _draw_lane(axes, summary, field, styles[summary.lane])
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.grid(color="#dddddd", linewidth=0.7)
@@ -77,8 +80,17 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
-def _draw_lane(axes: Axes, summary: LaneSummary, field: str) -> None:
-    color, marker = STYLES[summary.lane]
+def _styles(lanes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each lane; those of a configuration take what the others leave."""
+    free = [style for name, style in STYLES.items() if name not in lanes]
+    free += [
+        (to_hex(color), marker) for marker in "ovsD" for color in colormaps["tab10"](range(10))
+    ]
+    return {lane: STYLES[lane] if lane in STYLES else free.pop(0) for lane in lanes}
+
+
+def _draw_lane(axes: Axes, summary: LaneSummary, field: str, style: tuple[str, str]) -> None:
+    color, marker = style
     losses = summary.points("loss")
     x, mean = summary.points(field).mean(0), losses.mean(0)
     label = f"{summary.lane}  {summary.loss:.3f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,12 @@ from jax import Array
 
 from cggr.jax import CGGRModel, create_truncated_router
 from cggr.race.decoder import DecoderShape, Weights, initial_weights, new_decoder
-from cggr.race.engine import Batch, Lane
+from cggr.race.engine import Lane
 from cggr.race.jax_decoder import Decoder, load_decoder
 from cggr.race.machine import Runtime, cpu_count, package_version, share_memory
 from cggr.race.pretrained import check_fit, load_llama
-from cggr.race.settings import RaceError, RaceSettings
-from cggr.race.tokens import IGNORED, Corpus, Tokens, evaluation_batches
+from cggr.race.settings import LaneSettings, RaceError, RaceSettings
+from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
 
 # torch.optim.AdamW but for its learning rate, which every step of the race is given.
 ADAMW = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8), optax.add_decayed_weights(0.1))
@@ -35,7 +36,7 @@ class JaxLane:
     as ``nnx.jit`` does, takes milliseconds of a step's time.
 
     Args:
-        name: Out of ``LANES``.
+        lane: How it trains.
         model: The model, which is left as it is.
         settings: The race.
         heldout: Held-out token ids.
@@ -45,19 +46,20 @@ class JaxLane:
 
     def __init__(
         self,
-        name: str,
+        lane: LaneSettings,
         model: Decoder,
         settings: RaceSettings,
         heldout: Tokens,
         seed: int,
         device: jax.Device,
     ) -> None:
-        self.name = name
+        self.name = lane.name
+        self.is_dense = lane.split == "dense"
         self.device = device
         self.heldout = heldout
         self.sequence_length = settings.sequence_length
         self._decoder = nnx.graphdef(model)
-        routed = _route(name, model, settings, seed)
+        routed = _route(lane, model, seed)
         self._definition = nnx.graphdef(routed)
         # Copies, since a step gives away the memory of what it is called with.
         parameters = jax.tree.map(jnp.copy, nnx.state(routed, nnx.Param))
@@ -65,14 +67,15 @@ class JaxLane:
         self.parameters, self.moments, self.counters = jax.device_put(
             (parameters, ADAMW.init(parameters), counters), device
         )
-        self._tokens = settings.batch_size * (settings.sequence_length - 1)
+        shape = (settings.lane_batch_size(lane.name), settings.sequence_length)
+        self._tokens = shape[0] * (shape[1] - 1)
         # Here, where no clock runs. JAX remembers: the second lane of a kind compiles nothing.
         self._step = _train_step.lower(
             self._definition,
             self.parameters,
             self.moments,
             self.counters,
-            np.zeros((settings.batch_size, settings.sequence_length), np.int32),
+            np.zeros(shape, np.int32),
             np.float32(0),
         ).compile()
         self._loss: Array = jnp.zeros(())
@@ -89,7 +92,7 @@ class JaxLane:
             self.parameters,
             self.moments,
             self.counters,
-            batch.astype(np.int32),
+            batch.ids.astype(np.int32),
             np.float32(learning_rate),
         )
         # One step ahead keeps the device busy. JAX would queue dozens: the clock and the learning
@@ -124,9 +127,13 @@ class JaxLane:
             return int(module.get_metrics()["tokens_selected"])
         return self._tokens
 
+    def save(self, folder: Path) -> None:
+        """Settings refuse it."""
+        raise NotImplementedError
+
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
-        parameters = self.parameters if self.name == "dense" else self.parameters["model"]
+        parameters = self.parameters if self.is_dense else self.parameters["model"]
         total = 0.0
         for inputs, targets in evaluation_batches(self.heldout, self.sequence_length):
             loss = _loss_sum(
@@ -181,15 +188,13 @@ def _loss_sum(
 _nll = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
-def _route(name: str, model: Decoder, settings: RaceSettings, seed: int) -> Decoder | CGGRModel:
-    """Wraps the model for a lane that selects; the dense lane trains it as it is."""
-    if name == "dense":
+def _route(lane: LaneSettings, model: Decoder, seed: int) -> Decoder | CGGRModel:
+    """Wraps the model for a lane that selects; a dense lane trains it as it is."""
+    if lane.split == "dense":
         return model
-    split = settings.split(name)
-    # The token split scores with the pass that it makes anyway, and random selection nothing.
-    scores = split == "sequence" and not name.startswith("random")
-    router = create_truncated_router(model, settings.router_layers) if scores else None
-    return CGGRModel(model, router, settings.routing(name, seed), split=split)
+    layers = lane.router_layers
+    router = None if layers is None else create_truncated_router(model, layers)
+    return CGGRModel(model, router, lane.routing(seed), split=lane.split)
 
 
 def make_lanes(
@@ -205,7 +210,8 @@ def make_lanes(
         if seed not in models:
             models.clear()  # the seeds race one after the other
             models[seed] = load_decoder(*build_model(settings, corpus, seed), device)
-        return JaxLane(name, models[seed], settings, corpus.heldout, seed, device)
+        lane = settings.lane(name)
+        return JaxLane(lane, models[seed], settings, corpus.heldout, seed, device)
 
     return make_lane
 
@@ -224,6 +230,11 @@ def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> tuple[Deco
         layers=shape.layers,
     )
     return shape, weights
+
+
+def reference_losses(settings: RaceSettings, corpus: Corpus, device: jax.Device) -> Losses:
+    """Settings refuse it."""
+    raise NotImplementedError
 
 
 def count_parameters(settings: RaceSettings, corpus: Corpus) -> int:

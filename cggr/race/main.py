@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ def race(
     console: Console,
     *,
     threads: int | None = None,
+    resume: bool = False,
 ) -> bool:
     """Runs a race and writes its report.
 
@@ -28,6 +30,7 @@ def race(
         folder: Folder of the report, which is made if it is missing.
         console: Where the race is shown.
         threads: CPU threads of the framework; its own choice if None.
+        resume: Whether runs that the folder's results.json holds need not be run again.
 
     Returns:
         Whether every lane came to its end; False after Ctrl-C.
@@ -42,6 +45,8 @@ def race(
     runtime = backend.runtime(device)
     with console.status("reading the text"):
         split = text.split_documents(*text.read_documents(settings.text))
+        if settings.noise:
+            split = text.with_noise(split, settings.noise)
     with console.status("tokenizing"):
         tokenizer, end_of_text = None, None
         if settings.model is not None:
@@ -50,15 +55,22 @@ def race(
             split, vocab_size=settings.vocab_size, tokenizer=tokenizer, end_of_text=end_of_text
         )
 
-    def make_batches(seed: int) -> engine.BatchFunction:
+    reference_nll = None
+    if settings.reference is not None:
+        with console.status("scoring the text by the reference"):
+            reference_nll = backend.reference_losses(settings, corpus, device)
+
+    def make_batches(seed: int, lane: str) -> tokens.BatchFunction:
         return tokens.batches(
             corpus.training,
-            batch_size=settings.batch_size,
+            batch_size=settings.lane_batch_size(lane),
             sequence_length=settings.sequence_length,
             seed=seed,
+            reference_nll=reference_nll,
         )
 
-    make_batches(0)  # a text that is too short is found before a model is built
+    for lane in settings.lanes:  # a text that is too short is found before a model is built
+        make_batches(0, lane)
     with console.status("building the model"):
         parameters = backend.count_parameters(settings, corpus)
     where = runtime.gpu or machine.cpu_name()
@@ -76,29 +88,42 @@ def race(
     except OSError as error:
         raise RaceError(f"cannot make the folder {folder}: {error.strerror}") from None
 
+    described = {
+        "source": text.source_name(settings.text),
+        "sha256": split.digest,
+        "training_files": len(split.training),
+        "heldout_files": [document.name for document in split.heldout],
+        "notes": list(split.notes),
+    }
+    environment = machine.environment(runtime)
+    file = folder / report.RESULTS
+    done = report.earlier_runs(file, settings, split.digest, runtime) if resume else []
+    saved: list[engine.Run] = []
+
+    def finished(run: engine.Run, lane: engine.Lane, runs: Sequence[engine.Run]) -> None:
+        """Keeps what has been measured, and the best model that is to be saved."""
+        found = report.results(runs, settings, corpus, text=described, environment=environment)
+        report.write_results(file, found)
+        if (run.lane, run.seed) == (settings.save, 0):
+            saved.append(run)
+            if engine.best_rate(saved) == run.learning_rate:
+                lane.save(folder / "model")
+                (folder / "model" / "tokenizer.json").write_text(corpus.tokenizer)
+
     with watch(console, settings) as watcher:
         runs = engine.run_race(
             settings,
             make_lane=backend.make_lanes(settings, corpus, device),
             make_batches=make_batches,
             watcher=watcher,
+            done=done,
+            finished=finished,
         )
     if not runs:
         raise KeyboardInterrupt
-    found = report.results(
-        runs,
-        settings,
-        corpus,
-        text={
-            "source": text.source_name(settings.text),
-            "sha256": split.digest,
-            "training_files": len(split.training),
-            "heldout_files": [document.name for document in split.heldout],
-            "notes": list(split.notes),
-        },
-        environment=machine.environment(runtime),
-    )
-    report.write_report(folder, found, runs, settings, corpus, subtitle, console)
+    found = report.results(runs, settings, corpus, text=described, environment=environment)
+    report.write_results(file, found)
+    report.write_report(folder, runs, settings, corpus, subtitle, console)
     if not found["complete"]:
         console.print("Interrupted: the report holds what was measured until then.")
     console.print(f"Report: {folder / 'report.png'}, results.json and table.txt beside it")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr.race import figure, summary
-from cggr.race.engine import Run
-from cggr.race.settings import RaceSettings
+from cggr.race.engine import Evaluation, Run
+from cggr.race.machine import Runtime
+from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.summary import LaneSummary
 from cggr.race.tokens import Corpus
 
-SCHEMA = 1
+SCHEMA = 2
+RESULTS = "results.json"
+# What may differ in a race that goes on: who else races, and how often.
+_MAY_DIFFER = ("lanes", "tables", "seeds", "learning_rates", "save", "text", "device")
 
 
 def results_table(
@@ -96,6 +102,7 @@ def results(
             {
                 "lane": run.lane,
                 "seed": run.seed,
+                "learning_rate": run.learning_rate,
                 "complete": run.complete,
                 "tokens_per_second": run.curve[-1].tokens_per_second,
                 "peak_memory": run.peak_memory,
@@ -104,7 +111,7 @@ def results(
         )
     return {
         "schema": SCHEMA,
-        "complete": len(runs) == len(settings.lanes) * settings.seeds
+        "complete": len(runs) >= len(settings.lanes) * (settings.seeds + len(settings.rates) - 1)
         and all(run.complete for run in runs),
         "settings": settings.to_json(),
         "text": {
@@ -119,27 +126,84 @@ def results(
     }
 
 
+def write_results(file: Path, found: dict[str, object]) -> None:
+    """Writes what :func:`results` returned; a reader never finds half of it."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    partial.replace(file)
+
+
+def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runtime) -> list[Run]:
+    """Complete runs of an earlier race that this one need not run again; none without a file.
+
+    Args:
+        file: Its results.json.
+        settings: Of this race.
+        digest: Of the text.
+        runtime: Of this race.
+
+    Raises:
+        RaceError: It was another race: on another text or device, or with other settings.
+    """
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    before: dict[str, Any] = found["settings"]
+    now: dict[str, Any] = settings.to_json()
+    tables, here = (values["tables"] for values in (before, now))
+    for name in tables.keys() & here.keys():
+        if tables[name] != here[name]:
+            raise RaceError(f"--resume: lane {name} was {tables[name]}, not {here[name]}")
+    for option in _MAY_DIFFER:
+        before.pop(option, None), now.pop(option, None)
+    before |= {"text": found["text"]["sha256"], "gpu": found["machine"]["gpu"]}
+    now |= {"text": digest, "gpu": runtime.gpu}
+    for option, value in now.items():
+        if before.get(option) != value:
+            raise RaceError(
+                f"--resume: {file} is of a race with {option} {before.get(option)!r}, not {value!r}"
+            )
+    return [
+        Run(
+            lane=run["lane"],
+            seed=run["seed"],
+            learning_rate=run["learning_rate"],
+            peak_memory=run["peak_memory"],
+            complete=True,
+            curve=(curve := [_point(values) for values in run["curve"]]),
+            seconds=curve[-1].seconds,
+            steps=curve[-1].steps,
+            tokens_seen=curve[-1].tokens_seen,
+            tokens_trained=curve[-1].tokens_trained,
+        )
+        for run in found["runs"]
+        if run["complete"] and run["lane"] in settings.lanes
+    ]
+
+
+def _point(values: dict[str, Any]) -> Evaluation:
+    fields = {field.name: values[field.name] for field in dataclasses.fields(Evaluation)}
+    return Evaluation(**fields | {"loss": math.nan if values["loss"] is None else values["loss"]})
+
+
 def write_report(
     folder: Path,
-    found: dict[str, object],
     runs: Sequence[Run],
     settings: RaceSettings,
     corpus: Corpus,
     subtitle: str,
     console: Console,
 ) -> None:
-    """Writes results.json, table.txt and report.png, and prints the table and the verdict.
+    """Writes table.txt and report.png, and prints the table and the verdict.
 
     Args:
         folder: An existing folder.
-        found: What :func:`results` returned.
         runs: The runs, at least one seed's.
         settings: The race.
         corpus: Its tokens.
         subtitle: What was raced on what, in a line.
         console: Where to print.
     """
-    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     summaries = summary.summarize(runs)
     table = results_table(summaries, settings, corpus)
     lines = [subtitle, *summary.verdict(summaries, settings)]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cggr.spec import RoutingConfig
 from cggr.spec import config as spec_config
 
-# Excess loss needs a reference model; "fixed_quota" is topk here, where no threshold is dynamic.
-SCORINGS = tuple(name for name in spec_config.SCORINGS if name != "excess_loss")
+SCORINGS = spec_config.SCORINGS
 SELECTIONS = tuple(name for name in spec_config.SELECTIONS if name != "fixed_quota")
 # The backward pass of all tokens, of the tokens that a lane selects, or of whole sequences.
 LANES = ("dense", "random", "cggr", "random-sequences", "cggr-sequences")
+SPLITS = ("dense", "token", "sequence")
 DEFAULT_LANES = LANES[:3]
 BACKENDS = ("torch", "jax")
 HEAD_SIZE = 32  # of the new model's attention
@@ -82,11 +83,96 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LaneSettings:
+    """One way of training, as a table ``[lanes.NAME]`` of a configuration has it.
+
+    Args:
+        name: What the report calls it.
+        split: What the backward pass is of: ``dense``, ``token`` or ``sequence``.
+        scoring: As of RoutingConfig, like all but the next and the last.
+        ratio: Fraction of each batch that is trained on.
+        selection: Selection rule.
+        importance_floor: In the unit of the score.
+        num_strata: Of ``stratified``.
+        warmup_steps: Steps over which the ratio falls to `ratio`.
+        dynamic_threshold: More tokens while the model is unsure.
+        router_layers: Layers of the truncated router that scores; the whole model if None.
+        batch_size: Sequences per batch; the race's if None.
+
+    Raises:
+        RaceError: An option is out of its range.
+    """
+
+    name: str
+    split: str = "token"
+    scoring: str = "combined"
+    ratio: float = 0.25
+    selection: str = "importance"
+    importance_floor: float = 0.05
+    num_strata: int = 4
+    warmup_steps: int = 0
+    dynamic_threshold: bool = False
+    router_layers: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise RaceError(
+                f"lane {self.name}: split must be one of {', '.join(SPLITS)}, got {self.split!r}"
+            )
+        for option in ("router_layers", "batch_size"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise RaceError(f"lane {self.name}: {option} must be 1 or more, got {value!r}")
+        try:
+            self.routing(seed=0)
+        except (TypeError, ValueError) as error:
+            raise RaceError(f"lane {self.name}: {error}") from None
+
+    @classmethod
+    def of_table(cls, name: str, table: Any, race: RaceSettings) -> LaneSettings:
+        """A lane of a configuration; what its table does not say, the race's options do.
+
+        Raises:
+            RaceError: It is no table, or one of unknown options.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        if not isinstance(table, dict):
+            raise RaceError(f"lane {name} must be a table of options, got {table!r}")
+        options = {key.replace("-", "_"): value for key, value in table.items()}
+        if unknown := sorted(options.keys() - known):
+            raise RaceError(
+                f"lane {name}: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        common = {key: getattr(race, key) for key in ("scoring", "selection", "ratio")}
+        return cls(name=name, **common | options)
+
+    @property
+    def scores_excess(self) -> bool:
+        """Whether it needs the losses of a reference."""
+        return self.scoring == "excess_loss" and self.split != "dense"
+
+    def routing(self, seed: int) -> RoutingConfig:
+        """The options of its selection."""
+        return RoutingConfig(
+            scoring=self.scoring,
+            selection=self.selection,
+            min_tokens_ratio=self.ratio,
+            warmup_steps=self.warmup_steps,
+            dynamic_threshold=self.dynamic_threshold,
+            importance_floor=self.importance_floor,
+            num_strata=self.num_strata,
+            seed=seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RaceSettings:
     """Every option of a race.
 
     Args:
-        lanes: Names out of ``LANES``.
+        lanes: Names out of ``LANES`` and of `tables`.
+        tables: Lanes of a configuration: the options of :class:`LaneSettings`, by name.
         scoring: Score of the cggr lanes.
         selection: Selection rule of the cggr lanes.
         ratio: Fraction of each batch that the random and cggr lanes train on.
@@ -97,13 +183,19 @@ class RaceSettings:
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
         learning_rate: Peak of the schedule; 6e-3 for a new model and 5e-5 for `model` if None.
+        learning_rates: Peaks of which each lane has its best, by its first seed; none if empty.
         hidden_size: Width of the new model, a multiple of 32.
         layers: Depth of the new model.
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
         text: Files and folders; the Python standard library's source if empty.
+        noise: Part of the training text's lines whose words are random.
+        reference: Folder of the model whose losses ``excess_loss`` is in excess of.
         model: Folder of a Hugging Face causal language model to fine-tune instead of a new one.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         backend: ``torch`` or ``jax``.
+        compiled: Whether steps are compiled and captured in a CUDA graph, in bfloat16; lanes then
+            race one after the other. PyTorch alone: JAX always compiles.
+        save: Lane whose model of the first seed is left beside the report.
 
     Raises:
         RaceError: Options that contradict each other.
@@ -111,6 +203,7 @@ class RaceSettings:
 
     budget: Budget
     lanes: tuple[str, ...] = DEFAULT_LANES
+    tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scoring: str = "combined"
     selection: str = "importance"
     ratio: float = 0.25
@@ -120,25 +213,39 @@ class RaceSettings:
     batch_size: int = 16
     sequence_length: int = 64
     learning_rate: float | None = None
+    learning_rates: tuple[float, ...] = ()
     hidden_size: int = 192
     layers: int = 4
     vocab_size: int = 4096
     text: tuple[Path, ...] = ()
+    noise: float = 0.0
+    reference: Path | None = None
     model: Path | None = None
     device: str = "auto"
     backend: str = "torch"
+    compiled: bool = False
+    save: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise RaceError(
                 f"unknown backend {self.backend!r}; known backends: {', '.join(BACKENDS)}"
             )
+        known = (*self.tables, *(name for name in LANES if name not in self.tables))
         for lane in self.lanes:
-            if lane not in LANES:
-                raise RaceError(f"unknown lane {lane!r}; known lanes: {', '.join(LANES)}")
+            if lane not in known:
+                raise RaceError(f"unknown lane {lane!r}; known lanes: {', '.join(known)}")
         if not self.lanes or len(set(self.lanes)) < len(self.lanes):
             raise RaceError(f"a race needs each lane once, got {','.join(self.lanes)!r}")
-        for option, value in (("ratio", self.ratio), ("learning-rate", self.learning_rate)):
+        if not 0 <= self.noise < 1:
+            raise RaceError(f"--noise must be at least 0 and less than 1, got {self.noise}")
+        if self.save is not None and self.save not in self.lanes:
+            raise RaceError(f"--save must be one of the lanes, got {self.save!r}")
+        for option in ("compiled", "reference", "save"):
+            if getattr(self, option) and self.backend != "torch":
+                raise RaceError(f"--{option} is for --backend torch")
+        rates = [("learning-rates", rate) for rate in self.learning_rates]
+        for option, value in (("ratio", self.ratio), ("learning-rate", self.learning_rate), *rates):
             if value is not None and not 0 < value < math.inf:
                 raise RaceError(f"--{option} must be a positive number, got {value}")
         if self.eval_every is not None:
@@ -162,6 +269,15 @@ class RaceSettings:
                 f"--router-layers {self.router_layers} is more than the model's {self.layers} "
                 "layers"
             )
+        ways = [self.lane(name) for name in self.lanes]
+        for way in ways:
+            if way.scores_excess and self.reference is None:
+                raise RaceError(
+                    f"lane {way.name}: scoring excess_loss needs a --reference, the folder of a "
+                    "model"
+                )
+            if way.warmup_steps and self.backend == "jax":
+                raise RaceError(f"lane {way.name}: warmup_steps is for --backend torch")
 
     @property
     def eval_interval(self) -> float:
@@ -177,21 +293,35 @@ class RaceSettings:
             return self.learning_rate
         return 6e-3 if self.model is None else 5e-5
 
-    @staticmethod
-    def split(lane: str) -> Literal["token", "sequence"]:
-        """What a lane that selects keeps of a batch."""
-        return "sequence" if lane.endswith("-sequences") else "token"
-
-    def routing(self, lane: str, seed: int) -> RoutingConfig:
-        """The options of a lane that selects."""
-        return RoutingConfig(
+    def lane(self, name: str) -> LaneSettings:
+        """How a lane trains."""
+        if name in self.tables:
+            return LaneSettings.of_table(name, self.tables[name], self)
+        split = "sequence" if name.endswith("-sequences") else "token"
+        is_random = name.startswith("random")
+        return LaneSettings(
+            name=name,
+            split="dense" if name == "dense" else split,
             scoring=self.scoring,
-            selection="random" if lane.startswith("random") else self.selection,
-            min_tokens_ratio=self.ratio,
-            warmup_steps=0,
-            dynamic_threshold=False,
-            seed=seed,
+            ratio=self.ratio,
+            selection="random" if is_random else self.selection,
+            # The token split scores with the pass that it makes anyway.
+            router_layers=self.router_layers if split == "sequence" and not is_random else None,
         )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the first seed."""
+        return self.learning_rates or (self.peak_learning_rate,)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a lane races when the one before has ended: each may need the whole device."""
+        return self.compiled or bool(self.learning_rates)
+
+    def lane_batch_size(self, name: str) -> int:
+        """Sequences per batch of a lane."""
+        return self.lane(name).batch_size or self.batch_size
 
     def to_json(self) -> dict[str, object]:
         """The settings as plain values, paths by their last part: a report can be shared."""
@@ -202,4 +332,6 @@ class RaceSettings:
         values["lanes"] = list(self.lanes)
         values["text"] = [path.name for path in self.text]
         values["model"] = None if self.model is None else self.model.name
+        values["reference"] = None if self.reference is None else self.reference.name
+        values["learning_rates"] = list(self.learning_rates)
         return values

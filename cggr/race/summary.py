@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cggr.race.engine import Evaluation, Run
+from cggr.race.engine import Evaluation, Run, best_rate
 from cggr.race.settings import RaceSettings
 
 
@@ -47,7 +47,7 @@ def rank(summary: LaneSummary) -> tuple[bool, float]:
 
 
 def summarize(runs: Sequence[Run]) -> list[LaneSummary]:
-    """Puts the lanes side by side at equal budgets.
+    """Puts the lanes side by side at equal budgets, each at its best learning rate.
 
     Seeds that were cut off are left out where a complete one exists; otherwise the curves of the
     seed that was cut off end at the last evaluation that all its lanes have reached.
@@ -58,6 +58,11 @@ def summarize(runs: Sequence[Run]) -> list[LaneSummary]:
     Returns:
         A summary per lane, in the order of the lanes.
     """
+    rates: dict[str, float] = {}
+    for lane in dict.fromkeys(run.lane for run in runs):
+        first = [run for run in runs if run.lane == lane and run.seed == runs[0].seed]
+        rates[lane] = best_rate(first or [run for run in runs if run.lane == lane])
+    runs = [run for run in runs if run.learning_rate == rates[run.lane]]
     by_seed: dict[int, list[Run]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, []).append(run)

@@ -10,6 +10,8 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cggr.race.settings import RaceError
 
 MAX_TEXT_BYTES = 256_000_000  # a race of minutes on one machine sees less
@@ -144,6 +146,36 @@ def _files(
                         yield f"{root.name}/{path.relative_to(root).as_posix()}", path, False
         else:
             raise RaceError(f"{option} {root}: no such file or folder")
+
+
+def with_noise(split: Split, fraction: float) -> Split:
+    """The split with noise in the text to train on; what is held out stays as it is.
+
+    A line is noise with this probability: it keeps its indentation and its number of words, each
+    of which is drawn from all words of the text. Nothing but their frequencies can be learned.
+
+    Args:
+        split: The documents.
+        fraction: Probability, in [0, 1).
+    """
+    random = np.random.default_rng(0)
+    words = np.array([word for item in split.training for word in item.text.split()], dtype=object)
+
+    def line_of(line: str) -> str:
+        n_words = len(line.split())
+        if not n_words or random.random() >= fraction:
+            return line
+        indentation = line[: len(line) - len(line.lstrip())]
+        end = line[len(line.rstrip()) :]
+        return indentation + " ".join(words[random.integers(len(words), size=n_words)]) + end
+
+    training = tuple(
+        Document(item.name, "".join(map(line_of, item.text.splitlines(keepends=True))))
+        for item in split.training
+    )
+    note = f"{fraction:.0%} of the lines to train on are random words."
+    digest = hashlib.sha256(f"{split.digest}|{fraction}".encode()).hexdigest()
+    return Split(training, split.heldout, digest, (*split.notes, note))
 
 
 def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) -> Split:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,28 @@ from cggr.race.settings import RaceError
 from cggr.race.text import Document, Split
 
 Tokens = npt.NDArray[np.int32]
+Losses = npt.NDArray[np.float32]
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and END_OF_TEXT
 TRAINING_BYTES = 8_000_000  # more does not change the merges of a small vocabulary much
 EVALUATION_TOKENS = 4096  # per forward; twice as many were slower on two CPU cores
 IGNORED = -100  # a target that is not predicted
+
+
+class Batch(NamedTuple):
+    """What a training step is given.
+
+    Attributes:
+        ids: Token ids ``(B, S)``.
+        reference_nll: ``(B, S)``: the reference's loss of the token that follows; None without one.
+    """
+
+    ids: npt.NDArray[np.int64]
+    reference_nll: Losses | None = None
+
+
+BatchFunction = Callable[[int], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Corpus:
         heldout_bytes: Size of the held-out documents in UTF-8.
         vocab_size: Number of tokens of the vocabulary.
         end_of_text: Id of the end-of-text token, None if the tokenizer has none.
+        tokenizer: The tokenizer, as tokenizer.json has it.
     """
 
     training: Tokens
@@ -43,6 +61,7 @@ class Corpus:
     heldout_bytes: int
     vocab_size: int
     end_of_text: int | None
+    tokenizer: str = ""
 
     def bits_per_byte(self, loss: float) -> float:
         """Converts nats per held-out token to bits per held-out byte."""
@@ -102,7 +121,7 @@ def prepare(
         RaceError: The cache cannot be written.
     """
     recipe = f"{vocab_size}" if tokenizer is None else f"{tokenizer.to_str()}{end_of_text}"
-    key = hashlib.sha256(f"1|{tokenizers.__version__}|{split.digest}|{recipe}".encode())
+    key = hashlib.sha256(f"2|{tokenizers.__version__}|{split.digest}|{recipe}".encode())
     folder = cache or Path(platformdirs.user_cache_dir("cggr", appauthor=False))
     path = folder / f"tokens-{key.hexdigest()[:32]}.npz"
     heldout_bytes = sum(document.size for document in split.heldout)
@@ -110,7 +129,9 @@ def prepare(
         with np.load(path) as arrays:
             size, end = (int(value) for value in arrays["vocabulary"])
             training, heldout = arrays["training"], arrays["heldout"]
-        return Corpus(training, heldout, heldout_bytes, size, None if end < 0 else end)
+            described = str(arrays["tokenizer"])
+        end_of_text = None if end < 0 else end
+        return Corpus(training, heldout, heldout_bytes, size, end_of_text, described)
 
     if tokenizer is None:
         tokenizer = train_tokenizer(_texts(split.training), vocab_size)
@@ -121,13 +142,20 @@ def prepare(
         heldout_bytes=heldout_bytes,
         vocab_size=tokenizer.get_vocab_size(),
         end_of_text=end_of_text,
+        tokenizer=tokenizer.to_str(),
     )
     vocabulary = np.array([corpus.vocab_size, -1 if end_of_text is None else end_of_text])
     # Written under another name first, so that a run that is cut off leaves no half file.
     partial = path.with_suffix(f".{os.getpid()}.npz")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, training=corpus.training, heldout=corpus.heldout, vocabulary=vocabulary)
+        np.savez(
+            partial,
+            training=corpus.training,
+            heldout=corpus.heldout,
+            vocabulary=vocabulary,
+            tokenizer=np.array(corpus.tokenizer),
+        )
         partial.replace(path)
     except OSError as error:
         raise RaceError(
@@ -141,8 +169,13 @@ def _texts(documents: Sequence[Document]) -> list[str]:
 
 
 def batches(
-    tokens: Tokens, *, batch_size: int, sequence_length: int, seed: int
-) -> Callable[[int], npt.NDArray[np.int64]]:
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    reference_nll: Losses | None = None,
+) -> BatchFunction:
     """Returns a function from the step to its batch, a pure one, so that every lane gets the same.
 
     Args:
@@ -150,6 +183,7 @@ def batches(
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
         seed: Seed of the positions.
+        reference_nll: ``(N,)``: at each token, the reference's loss of the one that follows.
 
     Raises:
         RaceError: The stream is shorter than one batch.
@@ -162,10 +196,11 @@ def batches(
         )
     span = np.arange(sequence_length)
 
-    def batch(step: int) -> npt.NDArray[np.int64]:
+    def batch(step: int) -> Batch:
         random = np.random.default_rng((seed, step))
-        starts = random.integers(len(tokens) - sequence_length + 1, size=(batch_size, 1))
-        return tokens[starts + span].astype(np.int64)
+        index = random.integers(len(tokens) - sequence_length + 1, size=(batch_size, 1)) + span
+        known = None if reference_nll is None else np.nan_to_num(reference_nll[index])
+        return Batch(tokens[index].astype(np.int64), known)
 
     return batch
 

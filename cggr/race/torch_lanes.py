@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 
 from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, initial_weights, new_decoder
-from cggr.race.engine import Batch, Lane
+from cggr.race.engine import Lane
 from cggr.race.machine import Runtime, package_version
 from cggr.race.pretrained import check_fit
-from cggr.race.settings import RaceError, RaceSettings
-from cggr.race.tokens import IGNORED, Corpus, Tokens, evaluation_batches
-from cggr.torch import CGGRModel, create_truncated_router
+from cggr.race.settings import LaneSettings, RaceError, RaceSettings
+from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
+from cggr.reference import ReferenceLosses
+from cggr.torch import CapturedStep, CGGRModel, RoutingConfig, create_truncated_router
+from cggr.torch.reference import score_reference
 from cggr.torch.refusal import refusal
+
+DRAWS = 2**20  # of a seed, where one graph serves all seeds: more than a race has steps
 
 
 class TorchLane:
     """A model, its optimizer, and its way from a batch to a loss.
 
     Args:
-        name: Out of ``LANES``.
+        lane: How it trains.
         model: A causal language model, which the lane trains in place.
         settings: The race.
         heldout: Held-out token ids.
@@ -34,41 +43,65 @@ class TorchLane:
 
     def __init__(
         self,
-        name: str,
+        lane: LaneSettings,
         model: transformers.PreTrainedModel,
         settings: RaceSettings,
         heldout: Tokens,
         seed: int,
     ) -> None:
-        self.name = name
+        self.name = lane.name
+        self.lane = lane
         self.model = model.train()
-        self.routed = _route(name, model, settings, seed)
         self.device = next(model.parameters()).device
         self.sequence_length = settings.sequence_length
         self.heldout = heldout
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.optimizer = self._new_optimizer()
         self._tokens = 0
         self._allocated = 0
         self._peak = 0
+        self.routed = self._route(seed)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+
+    def _route(self, seed: int) -> CGGRModel | None:
+        """Wraps the model for a lane that selects; None for a dense lane."""
+        if self.lane.split == "dense":
+            return None
+        self._check_split()
+        router = _router(self.model, self.lane)
+        return CGGRModel(self.model, router, self.lane.routing(seed), split=self.lane.split)
+
+    def _check_split(self) -> None:
+        if self.lane.split == "token" and (reason := refusal(self.model)) is not None:
+            raise RaceError(f"--lanes {self.name}: {reason} {self.name}-sequences can race")
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
-        """One optimizer step on a batch of token ids."""
-        ids = torch.from_numpy(batch).to(self.device, non_blocking=True)
+        """One optimizer step."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "labels": batch.ids}
+        if self.lane.scores_excess:
+            inputs["reference_nll"] = batch.reference_nll
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.routed is None:
-            loss = self.model(input_ids=ids, labels=ids).loss
-            self._tokens = ids[:, 1:].numel()
-        else:
-            loss = self.routed(ids, labels=ids)
-        loss.backward()
+        self._backward({name: self._tensor(array) for name, array in inputs.items()})
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.routed is not None:
             self.routed.step()
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        if self.routed is None:
+            loss = self.model(**inputs).loss
+            self._tokens = inputs["labels"][:, 1:].numel()
+        else:
+            loss = self.routed(**inputs)
+        loss.backward()
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -114,6 +147,10 @@ class TorchLane:
         self.model.train()
         return total / (len(self.heldout) - 1)
 
+    def save(self, folder: Path) -> None:
+        """Writes the model as ``from_pretrained`` reads it."""
+        self.model.save_pretrained(folder)
+
     def _own_memory(self) -> int:
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *state]
@@ -124,19 +161,80 @@ class TorchLane:
         )
 
 
-def _route(
-    name: str, model: transformers.PreTrainedModel, settings: RaceSettings, seed: int
-) -> CGGRModel | None:
-    """Wraps the model for a lane that selects; None for the dense lane."""
-    if name == "dense":
+class CompiledLane(TorchLane):
+    """The same with compiled steps; on a GPU in CUDA graphs and bfloat16, weights in float32.
+
+    It can start again, so that what was compiled serves all seeds and learning rates. The dense
+    lane is a CGGRModel of all sequences: without the mask that transformers makes needlessly where
+    steps are captured, and by its kernels of the loss, it is the fastest dense step that there is.
+    """
+
+    routed: CGGRModel
+
+    def _route(self, seed: int) -> CGGRModel:
+        lane = self.lane
+        inner: Any = torch.compile(self.model, dynamic=False)
+        self._steps: dict[Any, CapturedStep] = {}
+        self._ends: deque[torch.cuda.Event] = deque()
+        if lane.split == "dense":
+            every = RoutingConfig(selection="random", min_tokens_ratio=1.0, warmup_steps=0)
+            return CGGRModel(inner, config=every, split="sequence", capacity="static")
+        self._check_split()
+        return CGGRModel(
+            inner,
+            _router(self.model, lane),
+            lane.routing(seed=0),
+            split=lane.split,
+            capacity="static",
+        )
+
+    def restart(self, weights: Mapping[str, torch.Tensor], seed: int) -> None:
+        """Back to the first step, from these weights, with draws of this seed."""
+        self.model.load_state_dict(weights)
+        self.optimizer = self._new_optimizer()
+        self.routed.set_step(0)
+        self.routed.scorer.draw_count.fill_(DRAWS * seed)
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        if self.device.type != "cuda":
+            self.routed(**inputs).backward()
+            return
+        if not self._steps:  # here, where no clock runs
+            self._capture_all(inputs)
+        self._captured(inputs)
+        # Two steps ahead keep the device busy. More, and the clock, which the learning rate
+        # follows, would be late.
+        self._ends.append(torch.cuda.Event())
+        self._ends[-1].record()
+        if len(self._ends) > 2:
+            self._ends.popleft().synchronize()
+
+    def _captured(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        step = self._steps.setdefault(self.routed.scorer.level, CapturedStep(self.routed))
+        with torch.autocast("cuda", torch.bfloat16):
+            step(**inputs)
+
+    def _capture_all(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """A graph for every capacity of the schedule, and the memory that their steps need."""
+        self.begin_turn()
+        for step in {int(step) for step in np.linspace(0, self.lane.warmup_steps, 100)}:
+            self.routed.set_step(step)
+            if self.routed.scorer.level not in self._steps:
+                self._captured(inputs)
+                self.optimizer.zero_grad(set_to_none=True)
+        self.routed.set_step(0)
+        self.end_turn()
+
+
+def _router(model: transformers.PreTrainedModel, lane: LaneSettings) -> Any:
+    """The first layers of the model, where they are to score."""
+    if lane.router_layers is None:
         return None
-    split = settings.split(name)
-    if split == "token" and (reason := refusal(model)) is not None:
-        raise RaceError(f"--lanes {name}: {reason} {name}-sequences can race")
-    # The token split scores with the pass that it makes anyway, and random selection nothing.
-    scores = split == "sequence" and not name.startswith("random")
-    router = create_truncated_router(model, settings.router_layers) if scores else None
-    return CGGRModel(model, router, settings.routing(name, seed), split=split)
+    return create_truncated_router(model, lane.router_layers)
 
 
 def make_lanes(
@@ -147,13 +245,22 @@ def make_lanes(
     All lanes of a seed start from copies of the same weights.
     """
     models: dict[int, transformers.PreTrainedModel] = {}
+    made: dict[str, CompiledLane] = {}
 
     def make_lane(name: str, seed: int) -> Lane:
         if seed not in models:
             models.clear()  # the seeds race one after the other
             models[seed] = build_model(settings, corpus, seed)
-        model = copy.deepcopy(models[seed]).to(device)
-        return TorchLane(name, model, settings, corpus.heldout, seed)
+        if not settings.compiled:
+            model = copy.deepcopy(models[seed]).to(device)
+            return TorchLane(settings.lane(name), model, settings, corpus.heldout, seed)
+        if name not in made:
+            made.clear()
+            gc.collect()  # modules and their graphs, which refer to each other
+            model = copy.deepcopy(models[seed]).to(device)
+            made[name] = CompiledLane(settings.lane(name), model, settings, corpus.heldout, seed)
+        made[name].restart(models[seed].state_dict(), seed)
+        return made[name]
 
     return make_lane
 
@@ -211,7 +318,9 @@ def load_model(
     return model
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def load_folder(
+    folder: Path, dtype: torch.dtype, option: str = "--model"
+) -> transformers.PreTrainedModel:
     """Loads a causal language model from a local folder, whatever it is for."""
     transformers.utils.logging.disable_progress_bar()  # an error is to be the only line
     try:
@@ -220,7 +329,19 @@ def load_folder(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedMode
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise RaceError(f"--model {folder}: cannot be loaded: {reason}") from None
+        raise RaceError(f"{option} {folder}: cannot be loaded: {reason}") from None
+
+
+def reference_losses(settings: RaceSettings, corpus: Corpus, device: torch.device) -> Losses:
+    """The loss of every training token by the reference, at the one before it."""
+    assert settings.reference is not None
+    model = load_folder(settings.reference, torch.float32, "--reference").to(device).eval()
+    about = {"model": settings.reference.name}
+    with tempfile.TemporaryDirectory() as folder:
+        reference = ReferenceLosses.create(Path(folder) / "losses", corpus.training, about)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            score_reference(model, reference, context=settings.sequence_length, batch_size=32)
+        return np.array(reference.losses)
 
 
 def count_parameters(settings: RaceSettings, corpus: Corpus) -> int:
