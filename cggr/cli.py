@@ -82,14 +82,15 @@ class _Amount(click.ParamType):
 
 
 class _Names(click.ParamType):
-    """Names separated by commas."""
+    """Names separated by commas, or a sequence of them."""
 
     name = "NAMES"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        return tuple(name.strip() for name in value.split(","))
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(name.strip() for name in parts)
 
 
 class _Numbers(click.ParamType):
@@ -116,14 +117,23 @@ def _configure(ctx: click.Context, param: click.Parameter, path: Path | None) ->
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path}: {error}", ctx, param) from None
     options = {key.replace("-", "_"): value for key, value in options.items()}
-    ctx.obj = options.pop("lanes", {})
+    lanes = options.get("lanes", {})
+    ctx.obj = {} if isinstance(lanes, str) else options.pop("lanes", {})
     if not isinstance(ctx.obj, dict):
         raise click.BadParameter(f"{path}: lanes must be tables [lanes.NAME]", ctx, param)
-    known = {option.name for option in ctx.command.params} - {"config"}
-    if unknown := sorted(options.keys() - known):
+    known = {option.name: option for option in ctx.command.params if option is not param}
+    if unknown := sorted(options.keys() - known.keys()):
         raise click.BadParameter(f"{path}: race has no option {unknown[0]!r}", ctx, param)
+    # As the command line has them: what reads that refuses all that is wrong.
+    for key, value in options.items():
+        is_multiple = known[key].multiple
+        is_list = is_multiple or isinstance(known[key].type, _Numbers)
+        if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+            raise click.BadParameter(f"{path}: {key} must be one value, got {value}", ctx, param)
+        value = [value] if is_multiple and not isinstance(value, list) else value
+        options[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
     if ctx.obj:
-        options["lanes"] = ",".join(ctx.obj)
+        options["lanes"] = tuple(ctx.obj)  # not joined: a table's name may have a comma
     ctx.default_map = options
 
 
@@ -252,6 +262,7 @@ _TEXT = click.option(
     ),
     click.option("--save", metavar="LANE", help="Leave this lane's model in the run's folder."),
     click.option("--hidden-size", type=_POSITIVE, default=192),
+    click.option("--head-size", type=_POSITIVE, default=32),
     click.option("--layers", type=_POSITIVE, default=4),
     click.option("--vocab-size", type=click.IntRange(min=257), default=4096),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
@@ -289,8 +300,8 @@ def race(
     The report goes to runs/NAME: report.png, results.json and table.txt.
     """
     if options["model"] is not None:
-        for option in ("hidden_size", "layers", "vocab_size"):
-            if ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+        for option in ("hidden_size", "head_size", "layers", "vocab_size"):
+            if ctx.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT:
                 raise click.UsageError(
                     f"--{option.replace('_', '-')} shapes a new model; --model brings its own"
                 )

@@ -83,7 +83,7 @@ def check_refused(result, message):
             "race --scoring luck",
             (
                 "Invalid value for '--scoring': 'luck' is not one of 'entropy', 'margin', 'loss', "
-                "'combined', 'error_norm'."
+                "'combined', 'error_norm', 'excess_loss'."
             ),
         ),
         (
@@ -117,6 +117,42 @@ def check_refused(result, message):
         ("race --name=", "Invalid value for --name: '' is not a plain name"),
         ("race --ratio nan", "--ratio must be a positive number, got nan"),
         ("race --learning-rate inf", "--learning-rate must be a positive number, got inf"),
+        (
+            "race --learning-rates 0.1,fast",
+            (
+                "Invalid value for '--learning-rates': '0.1,fast' is not a list of numbers, such "
+                "as 1e-3,3e-3"
+            ),
+        ),
+        ("race --learning-rates 0.1,-1", "--learning-rates must be a positive number, got -1.0"),
+        ("race --learning-rates 0.1,0.10", "--learning-rates must differ, got (0.1, 0.1)"),
+        (
+            "race --learning-rates 0.1,0.2 --learning-rate 0.1",
+            "give either --learning-rate or --learning-rates",
+        ),
+        ("race --noise 1", "Invalid value for '--noise': 1.0 is not in the range 0<=x<1."),
+        ("race --noise nan", "--noise must be at least 0 and less than 1, got nan"),
+        ("race --save cggr-sequences", "--save must be one of the lanes, got 'cggr-sequences'"),
+        (
+            "race --reference nowhere",
+            "Invalid value for '--reference': Directory 'nowhere' does not exist.",
+        ),
+        (
+            "race --scoring excess_loss",
+            "lane random: scoring excess_loss needs a --reference, the folder of a model",
+        ),
+        (
+            "race --config nowhere",
+            "Invalid value for '--config': File 'nowhere' does not exist.",
+        ),
+        ("race --resume", "--resume needs the --name of the race to go on with"),
+        (
+            "race --model empty --head-size 8",
+            "--head-size shapes a new model; --model brings its own",
+        ),
+        ("race --backend jax --compiled", "--compiled is for --backend torch"),
+        ("race --backend jax --save dense", "--save is for --backend torch"),
+        ("race --backend jax --reference empty", "--reference is for --backend torch"),
         ("race --speed 3", "No such option '--speed'."),
         ("rice", "No such command 'rice'."),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from cggr.race import text, tokens
 from cggr.race.settings import RaceError
@@ -161,6 +162,10 @@ def test_the_cache_gives_back_what_was_made(tmp_path, monkeypatch):
     assert np.array_equal(found.heldout, made.heldout)
     assert (found.vocab_size, found.end_of_text) == (made.vocab_size, made.end_of_text)
     assert found.heldout_bytes == sum(item.size for item in split.heldout)
+    assert found.tokenizer == made.tokenizer
+    reader = Tokenizer.from_str(made.tokenizer)
+    wanted = "".join(item.text for item in split.heldout)
+    assert reader.decode(made.heldout.tolist()) == wanted
 
 
 def test_another_text_or_vocabulary_is_another_cache_entry(tmp_path):
@@ -210,16 +215,17 @@ def test_a_batch_depends_on_seed_and_step_alone():
     other = tokens.batches(stream, batch_size=4, sequence_length=16, seed=4)
     in_order = [first(step) for step in range(5)]
     for step in (4, 0, 2, 1, 3):
-        assert np.array_equal(again(step), in_order[step])
-        assert not np.array_equal(other(step), in_order[step])
-    assert not np.array_equal(in_order[0], in_order[1])
+        assert np.array_equal(again(step).ids, in_order[step].ids)
+        assert not np.array_equal(other(step).ids, in_order[step].ids)
+    assert not np.array_equal(in_order[0].ids, in_order[1].ids)
+    assert all(found.reference_nll is None for found in in_order)
 
 
 def test_a_sequence_is_a_contiguous_piece_of_the_text_and_every_piece_can_come():
     batch = tokens.batches(np.arange(20, dtype=np.int32), batch_size=4, sequence_length=4, seed=0)
     starts = set()
     for step in range(200):
-        rows = batch(step)
+        rows = batch(step).ids
         assert np.array_equal(rows, rows[:, :1] + np.arange(4))
         starts.update(rows[:, 0].tolist())
     assert starts == set(range(17))
@@ -233,3 +239,79 @@ def test_a_text_must_fill_a_batch():
         "the text is too short: 63 training tokens, but one batch of 4 x 16 needs 64; give more "
         "text, or a smaller --batch-size or --sequence-length"
     )
+
+
+def test_a_batch_brings_the_references_losses_of_its_tokens():
+    stream = np.arange(100, dtype=np.int32)
+    losses = stream.astype(np.float32) / 8  # as if the token that follows token i had loss i / 8
+    losses[-1] = np.nan  # nothing follows
+    shape = {"batch_size": 4, "sequence_length": 16, "seed": 3}
+    plain = tokens.batches(stream, **shape)
+    batch = tokens.batches(stream, reference_nll=losses, **shape)
+    ends = 0
+    for step in range(50):
+        ids, found = batch(step)
+        assert np.array_equal(ids, plain(step).ids)
+        assert found.dtype == np.float32
+        ends += (ids == 99).sum()
+        assert np.array_equal(found, np.where(ids == 99, 0, ids / 8))
+    assert ends  # the last token came, and its loss, which nobody asks for, is a number
+
+
+def pages():
+    """Documents of 4,000 lines, every third with an indentation, every tenth empty."""
+    random = np.random.default_rng(1)
+    lines = []
+    for number in range(4_000):
+        words = [f"w{word}" for word in random.integers(500, size=random.integers(1, 9))]
+        line = "" if number % 10 == 9 else " ".join(words)
+        lines.append((" \t  " if number % 3 == 0 and line else "") + line + "\n")
+    return [Document(f"page{i}", "".join(lines[100 * i :][:100])) for i in range(40)]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_noise_is_in_a_fraction_of_the_lines_to_train_on(fraction):
+    split = text.split_documents(pages())
+    noisy = text.with_noise(split, fraction)
+    assert noisy.heldout == split.heldout
+    assert [item.name for item in noisy.training] == [item.name for item in split.training]
+    words = {word for item in split.training for word in item.text.split()}
+    before, after = (
+        [line for item in part.training for line in item.text.splitlines(keepends=True)]
+        for part in (split, noisy)
+    )
+    assert len(before) == len(after)
+    changed, full = 0, 0
+    for old, new in zip(before, after, strict=True):
+        assert len(old.split()) == len(new.split())
+        assert old[: len(old) - len(old.lstrip())] == new[: len(new) - len(new.lstrip())]
+        assert old[len(old.rstrip()) :] == new[len(new.rstrip()) :]
+        assert words.issuperset(new.split())
+        full += bool(old.split())
+        changed += old != new
+    # Four standard errors; the chance that a line is drawn as it was is below 1 in 500.
+    assert changed / full == pytest.approx(fraction, abs=4 * (fraction / full) ** 0.5)
+    assert noisy.notes == (f"{fraction:.0%} of the lines to train on are random words.",)
+
+
+def test_noise_is_the_same_each_time_and_known_by_its_digest():
+    split = text.split_documents(pages())
+    noisy = text.with_noise(split, 0.25)
+    assert text.with_noise(split, 0.25) == noisy
+    digests = {split.digest, noisy.digest, text.with_noise(split, 0.5).digest}
+    assert len(digests) == 3
+
+
+def test_noise_has_the_words_in_their_frequencies():
+    common = Document("a", "often often often often rare\n" * 4_000)
+    split = text.Split((common,), (), "", ())
+    words = text.with_noise(split, 0.999).training[0].text.split()
+    # 20,000 draws: four standard errors.
+    share = words.count("rare") / len(words)
+    assert share == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / len(words)) ** 0.5)
+    assert words[:5000] != common.text.split()[:5000]
+
+
+def test_noise_leaves_a_text_without_words_alone():
+    empty = text.Split((Document("a", " \n\n\t\n"),), (Document("b", "word"),), "", ())
+    assert text.with_noise(empty, 0.9).training == empty.training

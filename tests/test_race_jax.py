@@ -27,8 +27,10 @@ from cggr.race import engine, jax_lanes, pretrained, torch_lanes
 from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, check_weights, initial_weights
 from cggr.race.jax_decoder import huggingface_name, load_decoder
 from cggr.race.settings import LANES, RaceError
+from cggr.race.tokens import Batch
 
 CPU = jax.devices("cpu")[0]
+MINE = {"split": "sequence", "selection": "topk", "ratio": 0.5, "batch_size": 4}
 FINE_TUNING = shlex.split("--model pretrained --batch-size 4 --sequence-length 16")
 SHAPES = {
     "as raced": DecoderShape(
@@ -106,12 +108,12 @@ def by_name(state):
     }
 
 
-def batches_of(settings, corpus):
-    rows, length = settings.batch_size, settings.sequence_length
+def batches_of(settings, corpus, name="dense"):
+    rows, length = settings.lane_batch_size(name), settings.sequence_length
 
     def batch(step):
         starts = np.random.default_rng(step).integers(len(corpus.training) - length, size=(rows, 1))
-        return corpus.training[starts + np.arange(length)].astype(np.int64)
+        return Batch(corpus.training[starts + np.arange(length)].astype(np.int64))
 
     return batch
 
@@ -119,7 +121,7 @@ def batches_of(settings, corpus):
 def lanes_of(name, *, seed=0, **options):
     """A lane of each backend, and batches for them."""
     settings, corpus = tiny(**options)
-    batch = batches_of(settings, corpus)
+    batch = batches_of(settings, corpus, name)
     return (
         torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))(name, seed),
         jax_lanes.make_lanes(settings, corpus, CPU)(name, seed),
@@ -239,6 +241,7 @@ def test_both_backends_make_the_same_step():
         ("cggr", {"selection": "importance"}),
         ("cggr", {"selection": "topk", "scoring": "entropy", "router_layers": 2}),
         ("cggr", {"selection": "stratified", "scoring": "loss", "ratio": 0.5}),
+        ("mine", {"lanes": ("mine",), "tables": {"mine": MINE}}),
     ],
 )
 def test_both_backends_race_alike(name, options):
@@ -257,7 +260,8 @@ def test_the_test_above_can_tell_selections_apart():
     model = load_decoder(*jax_lanes.build_model(settings, corpus, seed=0), CPU)
     losses = []
     for seed in (3, 4):
-        lane = jax_lanes.JaxLane("random", model, settings, corpus.heldout, seed, CPU)
+        way = settings.lane("random")
+        lane = jax_lanes.JaxLane(way, model, settings, corpus.heldout, seed, CPU)
         lane.train_step(batches_of(settings, corpus)(0), 1e-2)
         losses.append(lane.evaluate())
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -317,9 +321,9 @@ def test_a_step_waits_for_the_one_before():
 @pytest.mark.parametrize("name", ["dense", "cggr"])
 def test_nothing_is_multiplied_in_less_than_float32(name):
     _, lane, batch = lanes_of(name)
-    state = (lane.parameters, lane.moments, lane.counters)
+    state, ids = (lane.parameters, lane.moments, lane.counters), batch(0).ids
     with jax.default_matmul_precision("default"):
-        program = jax_lanes._train_step.lower(lane._definition, *state, batch(0), 1e-3).as_text()
+        program = jax_lanes._train_step.lower(lane._definition, *state, ids, 1e-3).as_text()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 30
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
@@ -366,7 +370,7 @@ def test_nothing_is_compiled_while_the_clock_runs(programs, monkeypatch):
     engine.run_race(
         settings,
         make_lane=jax_lanes.make_lanes(settings, corpus, CPU),
-        make_batches=lambda seed: batches_of(settings, corpus),
+        make_batches=lambda seed, lane: batches_of(settings, corpus),
     )
     assert turns == [("dense", 0), ("random", 0), ("cggr", 0)]
     # Three lanes that were thrown away and three that raced: three programs.

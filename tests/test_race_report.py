@@ -1,5 +1,6 @@
 """What is said about a race: numbers, sentences, files."""
 
+import dataclasses
 import io
 import json
 import math
@@ -11,8 +12,9 @@ from rich.console import Console
 
 from cggr.race import figure, report, summary
 from cggr.race.engine import Evaluation, Run
+from cggr.race.machine import Runtime
 from cggr.race.settings import DEFAULT_LANES as LANES
-from cggr.race.settings import Budget, RaceSettings
+from cggr.race.settings import Budget, RaceError, RaceSettings
 from cggr.race.tokens import Corpus
 
 CORPUS = Corpus(np.zeros(5000, np.int32), np.zeros(101, np.int32), 200, 300, 0)
@@ -23,13 +25,13 @@ def make_settings(seeds=1, **options):
     return RaceSettings(budget=Budget(40, "seconds"), seeds=seeds, **options)
 
 
-def make_run(lane, seed, losses, complete=True):
+def make_run(lane, seed, losses, complete=True, rate=6e-3):
     """Evaluations ten seconds apart, of which the last is `complete` at 40 seconds."""
     curve = [
         Evaluation(10.0 * i + 0.1 * seed * (i > 0), 100 * i, 1000 * i, 250 * i, loss)
         for i, loss in enumerate(losses)
     ]
-    return Run(lane, seed, complete=complete, peak_memory=None, curve=curve)
+    return Run(lane, seed, rate, complete=complete, peak_memory=None, curve=curve)
 
 
 def make_runs(seeds=3, lanes=LANES):
@@ -74,6 +76,37 @@ def test_a_seed_with_fewer_evaluations_keeps_its_last():
     runs = [make_run("dense", 0, [8, 6, 5, 4, 3.0]), make_run("dense", 1, [8, 5, 3.5])]
     (found,) = summary.summarize(runs)
     assert found.points("loss").tolist() == [[8, 6, 3.0], [8, 5, 3.5]]
+
+
+def test_a_lane_is_shown_at_its_best_learning_rate():
+    runs = [
+        make_run("dense", 0, [8.0, math.nan], rate=0.1),
+        make_run("dense", 0, [8.0, 4.0], rate=0.2),
+        make_run("dense", 1, [8.0, 4.5], rate=0.2),
+        make_run("cggr", 0, [8.0, 3.0], rate=0.1),
+        make_run("cggr", 0, [8.0, 3.5], rate=0.2),
+        make_run("cggr", 1, [8.0, 9.0], rate=0.1),
+        make_run("cggr", 1, [8.0, 1.0], rate=0.2),  # which was the best before there was 0.1
+    ]
+    dense, cggr = summary.summarize(runs)
+    assert dense.final("loss").tolist() == [4.0, 4.5]
+    assert cggr.final("loss").tolist() == [3.0, 9.0]  # the other seeds choose nothing
+
+
+def test_lanes_that_raced_one_after_the_other_are_compared_by_the_seeds_of_all():
+    runs = [make_run("cggr", seed, [8.0, 3.0 + seed]) for seed in range(3)]
+    runs += [make_run("dense", seed, [8.0, 4.0]) for seed in range(2)]
+    found = summary.summarize(runs)
+    assert [len(item.curves) for item in found] == [2, 2]
+    assert summary.verdict(found, make_settings(seeds=3))[1] == (
+        "cggr beats dense by 0.500 (in 1 of 2 seeds)."
+    )
+    # A lane that was cut off in its first seed is compared where it was.
+    runs[3:] = [make_run("dense", 0, [8.0], complete=False)]
+    assert [(item.lane, item.loss) for item in summary.summarize(runs)] == [
+        ("cggr", 8.0),
+        ("dense", 8.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +157,8 @@ def write(folder, runs, settings):
     )
     output = io.StringIO()
     console = Console(file=output, width=80)
-    report.write_report(folder, found, runs, settings, CORPUS, "one line", console)
+    report.write_results(folder / "results.json", found)
+    report.write_report(folder, runs, settings, CORPUS, "one line", console)
     return json.loads((folder / "results.json").read_text()), output.getvalue()
 
 
@@ -157,6 +191,7 @@ def test_results_hold_the_whole_curves(tmp_path):
     assert len(found["runs"]) == 9
     for run, saved in zip(runs, found["runs"], strict=True):
         assert (saved["lane"], saved["seed"], saved["complete"]) == (run.lane, run.seed, True)
+        assert saved["learning_rate"] == 6e-3
         assert [point["loss"] for point in saved["curve"]] == [point.loss for point in run.curve]
         assert set(saved["curve"][0]) == {
             "seconds",
@@ -171,6 +206,62 @@ def test_results_hold_the_whole_curves(tmp_path):
 def test_a_race_with_missing_seeds_is_not_complete(tmp_path):
     found, _ = write(tmp_path, make_runs(seeds=2), make_settings(seeds=3))
     assert found["complete"] is False
+
+
+def test_a_tuned_race_is_complete_with_all_rates_and_all_seeds_at_the_best(tmp_path):
+    settings = make_settings(seeds=2, lanes=("dense",), learning_rates=(0.1, 0.2))
+    runs = [make_run("dense", 0, [8.0, loss], rate=rate) for rate, loss in ((0.1, 4), (0.2, 3))]
+    wrong, right = (make_run("dense", 1, [8.0, 3.0], rate=rate) for rate in (0.1, 0.2))
+    for found, complete in (
+        (runs, False),
+        ([*runs, wrong], False),
+        ([*runs, right], True),
+        ([runs[1], right], False),
+        ([*runs, make_run("dense", 1, [8.0, 3.0], rate=0.2, complete=False)], False),
+    ):
+        assert write(tmp_path, found, settings)[0]["complete"] is complete
+    # Gone on with without them: the seeds race at the usual rate, whatever was best before.
+    settings = make_settings(seeds=2, lanes=("dense",))
+    for n_seeds, complete in ((1, False), (2, True)):
+        found = runs + [make_run("dense", seed, [8.0, 3.5]) for seed in range(n_seeds)]
+        assert write(tmp_path, found, settings)[0]["complete"] is complete
+
+
+def test_runs_of_other_seeds_do_not_make_up_for_a_lane(tmp_path):
+    runs = make_runs(seeds=3, lanes=("dense",))
+    assert write(tmp_path, runs, make_settings(lanes=("dense", "cggr")))[0]["complete"] is False
+
+
+def test_complete_runs_are_read_back_as_they_were(tmp_path):
+    settings = make_settings(seeds=2, lanes=("dense", "cggr"))
+    runs = [
+        dataclasses.replace(
+            make_run(lane, seed, [8.0, 5.0, loss]),
+            seconds=20 + 0.1 * seed,
+            steps=200,
+            tokens_seen=2000,
+            tokens_trained=500,
+            peak_memory=2**30 + seed,
+        )
+        for lane, seed, loss in (("dense", 0, 4.0), ("cggr", 0, math.nan), ("dense", 1, 3.0))
+    ]
+    cut_off = make_run("cggr", 1, [8.0, 5.0], complete=False)
+    other = make_run("random", 0, [8.0, 5.0])
+    file = tmp_path / "results.json"
+    found = report.results(
+        [*runs, cut_off, other],
+        settings,
+        CORPUS,
+        text={"sha256": "abc"},
+        environment={"machine": {"gpu": "A card"}},
+    )
+    report.write_results(file, found)
+    runtime = Runtime(versions={}, device="cuda", gpu="A card", threads=1)
+    again = report.earlier_runs(file, settings, "abc", runtime)
+    assert repr(again) == repr(runs)  # NaN is not equal to itself
+    with pytest.raises(RaceError, match=r"of a race with gpu 'A card', not None$"):
+        report.earlier_runs(file, settings, "abc", dataclasses.replace(runtime, gpu=None))
+    assert report.earlier_runs(tmp_path / "none.json", settings, "abc", runtime) == []
 
 
 def test_a_loss_that_is_not_a_number_is_null_and_still_drawn(tmp_path):
@@ -202,3 +293,26 @@ def test_the_picture_shows_every_lane_in_its_colour(tmp_path):
             rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
             seen = int((abs(pixels - rgb).max(-1) <= 2).sum())
             assert (seen > 500) == (lane in lanes), lane
+
+
+def test_lanes_of_any_name_have_styles_of_their_own(tmp_path):
+    many = ["cggr", "dense", *(f"lane {i}" for i in range(40))]
+    styles = figure._styles(many)
+    assert list(styles) == many
+    assert len(set(styles.values())) == len(many)
+    for lane in ("cggr", "dense"):  # as in every other picture
+        assert styles[lane] == figure.STYLES[lane]
+    # The first take what the built-in lanes leave, whose colours can be told apart.
+    assert styles["lane 0"] == figure.STYLES["random"]
+    assert figure._styles(["lane 0"])["lane 0"] == figure.STYLES["dense"]
+
+    names = ("dense", "half, or [less]", "wide")
+    runs = [make_run(name, 0, [8.0, 5.0, 4.0 + i]) for i, name in enumerate(names)]
+    settings = make_settings(lanes=names, tables={name: {} for name in names})
+    found, printed = write(tmp_path, runs, settings)
+    assert [run["lane"] for run in found["runs"]] == list(names)
+    assert printed.count("half, or [less]") == 2  # in the table and in the verdict
+    pixels = (image.imread(tmp_path / "report.png")[..., :3] * 255).round().astype(int)
+    for color, _ in figure._styles(names).values():
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - rgb).max(-1) <= 2).sum() > 500

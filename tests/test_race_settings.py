@@ -1,12 +1,15 @@
-"""Budgets and the options of a race."""
+"""Budgets, the options of a race and those of its lanes."""
 
+import json
+import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cggr.race.settings import Budget, RaceError, RaceSettings
+from cggr.race.settings import Budget, LaneSettings, RaceError, RaceSettings
 
 SECONDS = Budget(60, "seconds")
 
@@ -102,6 +105,30 @@ def test_a_budget_is_spent_in_its_own_unit():
             {"layers": 2, "router_layers": 3},
             "--router-layers 3 is more than the model's 2 layers",
         ),
+        (
+            {"hidden_size": 96, "head_size": 64},
+            "--hidden-size must be a multiple of 64 (the width of an attention head), got 96",
+        ),
+        ({"noise": 1.0}, "--noise must be at least 0 and less than 1, got 1.0"),
+        ({"noise": math.nan}, "--noise must be at least 0 and less than 1, got nan"),
+        ({"save": "random-sequences"}, "--save must be one of the lanes, got 'random-sequences'"),
+        ({"learning_rates": (0.1, 0.0)}, "--learning-rates must be a positive number, got 0.0"),
+        (
+            {"learning_rates": (math.nan,)},
+            "--learning-rates must be a positive number, got nan",
+        ),
+        ({"learning_rates": (0.1, 0.1)}, "--learning-rates must differ, got (0.1, 0.1)"),
+        (
+            {"learning_rates": (0.1, 0.2), "learning_rate": 0.1},
+            "give either --learning-rate or --learning-rates",
+        ),
+        (
+            {"scoring": "excess_loss"},
+            "lane random: scoring excess_loss needs a --reference, the folder of a model",
+        ),
+        ({"backend": "jax", "compiled": True}, "--compiled is for --backend torch"),
+        ({"backend": "jax", "reference": Path("model")}, "--reference is for --backend torch"),
+        ({"backend": "jax", "save": "dense"}, "--save is for --backend torch"),
     ],
 )
 def test_options_that_cannot_race(options, message):
@@ -125,7 +152,7 @@ def test_the_defaults():
 
 def test_both_selecting_lanes_keep_as_much_from_the_first_step_on():
     settings = RaceSettings(budget=SECONDS, scoring="loss", selection="topk", ratio=0.1)
-    random, cggr = (settings.routing(lane, seed=3) for lane in ("random", "cggr"))
+    random, cggr = (settings.lane(lane).routing(seed=3) for lane in ("random", "cggr"))
     assert (random.selection, cggr.selection) == ("random", "topk")
     for config in (random, cggr):
         assert (config.scoring, config.min_tokens_ratio, config.seed) == ("loss", 0.1, 3)
@@ -142,3 +169,143 @@ def test_settings_in_a_report_name_no_folder_of_the_machine(tmp_path):
     assert values["text"] == ["book.txt"]
     assert values["model"] == "secret"
     assert values["budget"] == "60s"
+
+
+def with_lane(table, **options):
+    return RaceSettings(budget=SECONDS, lanes=("mine",), tables={"mine": table}, **options)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("token", "lane mine must be a table of options, got 'token'"),
+        (
+            {"scores": "loss"},
+            (
+                "lane mine: unknown option 'scores'; known: batch_size, dynamic_threshold, "
+                "importance_floor, num_strata, ratio, router_layers, scoring, selection, split, "
+                "warmup_steps"
+            ),
+        ),
+        ({"name": "other"}, "lane mine: unknown option 'name'; known: batch_size, "),
+        (
+            {"split": "tokens"},
+            "lane mine: split must be one of dense, token, sequence, got 'tokens'",
+        ),
+        ({"batch-size": 0}, "lane mine: batch_size must be 1 or more, got 0"),
+        ({"batch_size": 2.5}, "lane mine: batch_size must be 1 or more, got 2.5"),
+        ({"batch_size": True}, "lane mine: batch_size must be 1 or more, got True"),
+        ({"router_layers": "2"}, "lane mine: router_layers must be 1 or more, got '2'"),
+        ({"router_layers": 5}, "lane mine: router_layers 5 is more than the model's 4 layers"),
+        ({"scoring": "luck"}, "lane mine: scoring must be one of 'entropy', "),
+        ({"selection": 3}, "lane mine: selection must be one of 'topk', "),
+        ({"ratio": 1.5}, "lane mine: min_tokens_ratio must be in (0, 1], got 1.5."),
+        ({"ratio": "all"}, "lane mine: min_tokens_ratio must be a number, got 'all'."),
+        ({"num_strata": 0}, "lane mine: num_strata must be in [1, 256], got 0."),
+        ({"warmup_steps": -1}, "lane mine: warmup_steps must be in [0, 2147483647], got -1."),
+        ({"importance_floor": math.inf}, "lane mine: importance_floor must be in [1e-30, 1e30], "),
+        ({"dynamic_threshold": 1}, "lane mine: dynamic_threshold must be True or False, got 1."),
+        (
+            {"scoring": "excess_loss"},
+            "lane mine: scoring excess_loss needs a --reference, the folder of a model",
+        ),
+    ],
+)
+def test_tables_that_cannot_race(table, message):
+    with pytest.raises(RaceError) as error:
+        with_lane(table)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_lane_that_does_not_race_is_one_too():
+    for table in ({"scores": "loss"}, 3):
+        with pytest.raises(RaceError, match=r"^lane mine"):
+            RaceSettings(budget=SECONDS, tables={"mine": table})
+    # But what the race itself lacks for it, it need not have.
+    RaceSettings(budget=SECONDS, tables={"mine": {"scoring": "excess_loss"}})
+
+
+def test_warm_ups_are_for_torch():
+    with_lane({"warmup_steps": 5})
+    with pytest.raises(RaceError) as error:
+        with_lane({"warmup_steps": 5}, backend="jax")
+    assert str(error.value) == "lane mine: warmup_steps is for --backend torch"
+
+
+def test_what_a_table_does_not_say_the_race_does():
+    race = {"scoring": "loss", "selection": "stratified", "ratio": 0.1, "router_layers": 3}
+    assert with_lane({}, **race).lane("mine") == LaneSettings(
+        name="mine",
+        split="token",
+        scoring="loss",
+        selection="stratified",
+        ratio=0.1,
+        router_layers=None,  # of the built-in lanes of sequences alone
+        warmup_steps=0,
+        dynamic_threshold=False,
+    )
+    table = {
+        "split": "sequence",
+        "scoring": "margin",
+        "selection": "topk",
+        "ratio": 0.5,
+        "router-layers": 2,
+        "warmup-steps": 9,
+        "dynamic-threshold": True,
+        "num-strata": 7,
+        "importance-floor": 0.2,
+        "batch-size": 3,
+    }
+    settings = with_lane(table, **race)
+    lane = settings.lane("mine")
+    options = {name.replace("-", "_"): value for name, value in table.items()}
+    assert lane == LaneSettings(name="mine", **options)
+    config = lane.routing(seed=4)
+    assert (config.scoring, config.selection, config.min_tokens_ratio) == ("margin", "topk", 0.5)
+    assert (config.warmup_steps, config.dynamic_threshold) == (9, True)
+    assert (config.num_strata, config.importance_floor, config.seed) == (7, 0.2, 4)
+
+
+def test_a_table_may_have_a_built_in_name():
+    settings = RaceSettings(budget=SECONDS, tables={"cggr": {"split": "sequence"}})
+    assert settings.lane("cggr").split == "sequence"
+    assert RaceSettings(budget=SECONDS).lane("cggr").split == "token"
+
+
+def test_a_lane_has_its_own_batch_size_or_the_races():
+    tables = {"small": {"batch_size": 4}, "usual": {}}
+    settings = RaceSettings(budget=SECONDS, lanes=("small", "usual", "dense"), tables=tables)
+    assert [settings.lane_batch_size(lane) for lane in settings.lanes] == [4, 16, 16]
+
+
+def test_a_dense_lane_needs_no_reference():
+    settings = with_lane({"split": "dense", "scoring": "excess_loss"})
+    assert not settings.lane("mine").scores_excess
+    settings = with_lane({"scoring": "excess_loss"}, reference=Path("model"))
+    assert settings.lane("mine").scores_excess
+    assert not settings.lane("cggr").scores_excess
+
+
+def test_which_races_are_one_by_one():
+    assert not RaceSettings(budget=SECONDS).one_by_one
+    assert RaceSettings(budget=SECONDS, compiled=True).one_by_one
+    tuned = RaceSettings(budget=SECONDS, learning_rates=(0.1, 0.2))
+    assert tuned.one_by_one
+    assert tuned.rates == (0.1, 0.2)
+    assert RaceSettings(budget=SECONDS, learning_rate=0.3).rates == (0.3,)
+
+
+def test_settings_of_configured_lanes_are_plain_values(tmp_path):
+    tables = {"mine": {"ratio": 0.5, "router-layers": 1}}
+    settings = RaceSettings(
+        budget=SECONDS,
+        lanes=("mine",),
+        tables=tables,
+        learning_rates=(0.1, 0.2),
+        reference=tmp_path / "secret" / "reference",
+    )
+    values = json.loads(json.dumps(settings.to_json()))
+    assert values["tables"] == tables
+    assert values["learning_rates"] == [0.1, 0.2]
+    assert values["reference"] == "reference"

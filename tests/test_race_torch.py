@@ -1,7 +1,11 @@
 """Whole races with PyTorch, small enough for a test."""
 
+import dataclasses
+import functools
 import json
 import math
+import shutil
+import tempfile
 from importlib import metadata
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch.nn.functional as F
 from matplotlib import image
 from races import race, read, save_tokenizer, tiny, write_book
 
+import cggr.torch.model
 from cggr.race import tokens, torch_lanes
 from cggr.race.settings import LANES, RaceError
 
@@ -31,10 +36,11 @@ def test_a_race_from_the_command_line(book, tmp_path):
     assert result.exit_code == 0, result.output
     found = read(tmp_path)
     assert found["complete"] is True
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["settings"] == {
         "budget": "6steps",
         "lanes": ["dense", "random", "cggr"],
+        "tables": {},
         "scoring": "combined",
         "selection": "importance",
         "ratio": 0.25,
@@ -44,13 +50,19 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "batch_size": 8,
         "sequence_length": 32,
         "learning_rate": 1e-2,
+        "learning_rates": [],
         "hidden_size": 32,
+        "head_size": 32,
         "layers": 2,
         "vocab_size": 300,
         "text": ["book"],
+        "noise": 0.0,
+        "reference": None,
         "model": None,
         "device": "cpu",
         "backend": "torch",
+        "compiled": False,
+        "save": None,
     }
     assert found["versions"]["torch"] == metadata.version("torch")
     again = race(*SMALL, "--budget", "6steps")
@@ -139,6 +151,11 @@ def make_lane(name, *, seed=0, **options):
     return lane, corpus.training
 
 
+def batch_of(stream):
+    """Eight sequences from its beginning."""
+    return tokens.Batch(stream[:128].astype(np.int64).reshape(8, 16))
+
+
 def test_the_held_out_loss_predicts_every_token_once():
     lane, stream = make_lane("dense")
     total = 0.0
@@ -155,10 +172,10 @@ def test_the_dense_lane_is_plain_training():
     lane, stream = make_lane("dense")
     model = make_lane("dense")[0].model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    batch = stream[:128].astype(np.int64).reshape(8, 16)
+    batch = batch_of(stream)
     for _ in range(3):
         lane.train_step(batch, 1e-3)
-        ids = torch.from_numpy(batch)
+        ids = torch.from_numpy(batch.ids)
         logits = model(input_ids=ids).logits[:, :-1]
         F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,7 +190,7 @@ def test_with_ratio_one_every_lane_trains_like_dense():
     for name in LANES:
         lane, stream = make_lane(name, ratio=1.0)
         for step in range(3):
-            lane.train_step(stream[128 * step :][:128].astype(np.int64).reshape(8, 16), 1e-2)
+            lane.train_step(batch_of(stream[128 * step :]), 1e-2)
         losses.append(lane.evaluate())
     assert losses[1:] == pytest.approx([losses[0]] * 4, rel=1e-4)
 
@@ -181,7 +198,7 @@ def test_with_ratio_one_every_lane_trains_like_dense():
 @pytest.mark.parametrize(("name", "kept"), [("cggr", 8 * 4), ("cggr-sequences", 2 * 15)])
 def test_a_lane_keeps_tokens_of_every_sequence_or_whole_sequences(name, kept):
     lane, stream = make_lane(name, ratio=0.25)
-    lane.train_step(stream[:128].astype(np.int64).reshape(8, 16), 1e-2)
+    lane.train_step(batch_of(stream), 1e-2)
     assert lane.tokens_per_step() == kept
 
 
@@ -191,8 +208,164 @@ def test_a_model_that_cannot_run_on_tokens_can_on_sequences():
     settings, corpus = tiny()
     message = r"^--lanes cggr: LlamaForCausalLM has dynamic .* cggr-sequences can race$"
     with pytest.raises(RaceError, match=message):
-        torch_lanes.TorchLane("cggr", lane.model, settings, corpus.heldout, 0)
-    torch_lanes.TorchLane("cggr-sequences", lane.model, settings, corpus.heldout, 0)
+        torch_lanes.TorchLane(settings.lane("cggr"), lane.model, settings, corpus.heldout, 0)
+    way = settings.lane("cggr-sequences")
+    torch_lanes.TorchLane(way, lane.model, settings, corpus.heldout, 0)
+
+
+@pytest.mark.parametrize("split", ["token", "sequence"])
+def test_a_lane_that_warms_up_begins_with_all_tokens(split):
+    table = {"split": split, "selection": "random", "warmup_steps": 2}
+    lane, stream = make_lane("slow", lanes=("slow",), tables={"slow": table})
+    kept = []
+    for _ in range(4):
+        lane.train_step(batch_of(stream), 1e-2)
+        kept.append(lane.tokens_per_step())
+    # Of 15 predictions in each of 8 sequences, or of the sequences: all, 5/8, and a quarter.
+    per_step = {"token": [8 * 15, 8 * 10, 8 * 4, 8 * 4], "sequence": [8 * 15, 5 * 15, 30, 30]}
+    assert kept == per_step[split]
+
+
+@pytest.fixture
+def bigrams(tmp_path):
+    """A reference without attention: its loss of a token follows from the one before alone."""
+    model = make_lane("dense", seed=7)[0].model
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    folder = tmp_path / "reference"
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def losses_of(model, ids):
+    """Loss of every token of rows but the first, at the one before it."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.from_numpy(ids)[:, :-1]).logits
+    return -logits.log_softmax(-1).gather(-1, torch.from_numpy(ids)[:, 1:, None])[..., 0].numpy()
+
+
+def referenced(folder, **options):
+    """Settings and a corpus of the reference's tokenizer."""
+    settings, corpus = tiny(reference=folder, **options)
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    return settings, dataclasses.replace(corpus, tokenizer=tokenizer)
+
+
+def test_the_references_loss_is_that_of_the_token_that_follows(bigrams):
+    settings, corpus = referenced(bigrams)
+    found = torch_lanes.reference_losses(settings, corpus, torch.device("cpu"))
+    assert found.dtype == np.float32
+    assert found.shape == corpus.training.shape
+    assert np.isnan(found[-1])
+    stream = corpus.training.astype(np.int64)
+    model = torch_lanes.load_folder(bigrams, torch.float32)
+    wanted = losses_of(model, np.stack([stream[:-1], stream[1:]], axis=1))[:, 0]
+    np.testing.assert_allclose(found[:-1], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_sees_as_much_as_a_sequence_has(tmp_path):
+    lane, stream = make_lane("dense", seed=7)
+    lane.save(tmp_path)
+    save_tokenizer(tmp_path)
+    settings, corpus = referenced(tmp_path)
+    found = torch_lanes.reference_losses(settings, corpus, torch.device("cpu"))
+    # Windows of 16 tokens, each 8 behind the one before.
+    rows = np.stack([stream[8 * i :][:17] for i in range(10)]).astype(np.int64)
+    wanted = losses_of(lane.model, rows)
+    np.testing.assert_allclose(found[:16], wanted[0], rtol=1e-5, atol=1e-5)
+    for i in range(1, 10):
+        np.testing.assert_allclose(found[8 * i + 8 :][:8], wanted[i, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["token", "sequence"])
+def test_the_references_losses_reach_the_scores(bigrams, monkeypatch, split):
+    tables = {
+        "excess": {"split": split, "scoring": "excess_loss"},
+        "hard": {"split": split, "scoring": "loss"},
+    }
+    settings, corpus = referenced(bigrams, tables=tables, lanes=("excess", "hard"))
+    device = torch.device("cpu")
+    batch = tokens.batches(
+        corpus.training,
+        batch_size=8,
+        sequence_length=16,
+        seed=0,
+        reference_nll=torch_lanes.reference_losses(settings, corpus, device),
+    )(0)
+    scores = []
+    select = cggr.torch.model.select_at_ratio
+
+    def spy(difficulty, *args, **kwargs):
+        scores.append(difficulty.detach().numpy())
+        return select(difficulty, *args, **kwargs)
+
+    monkeypatch.setattr(cggr.torch.model, "select_at_ratio", spy)
+    make = torch_lanes.make_lanes(settings, corpus, device)
+    # Of each row's own tokens, with no shift between them and the reference's losses.
+    own = losses_of(make("hard", 0).model, batch.ids)
+    reference = torch_lanes.load_folder(bigrams, torch.float32)
+    pairs = np.stack([batch.ids[:, :-1].ravel(), batch.ids[:, 1:].ravel()], axis=1)
+    theirs = losses_of(reference, pairs)[:, 0].reshape(own.shape)
+    for lane, wanted in (("excess", own - theirs), ("hard", own)):
+        make(lane, 0).train_step(batch, 1e-2)
+        found = scores.pop()
+        if split == "token":
+            found = found[:, :-1]  # the last position predicts nothing
+        else:
+            wanted = wanted.mean(axis=1)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not scores
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "backend"), [("dense", "inductor"), ("random", "aot_eager")])
+# Dynamo looks at the .grad of every input, hidden states that a model made included, and makes an
+# instance of every autograd.Function that it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_a_compiled_lane_trains_as_others_do_and_starts_again(
+    fresh_dynamo, monkeypatch, tmp_path, name, backend
+):
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler (g++ or clang++) on this machine, which inductor needs")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # Of the token split inductor compiles another minute's worth of C++.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    shape = {"layers": 1, "lanes": (name,)}
+    settings, corpus = tiny(compiled=True, **shape)
+    make = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))
+
+    def curve(lane):
+        losses = [lane.evaluate()]
+        for step in range(3):
+            lane.train_step(batch_of(corpus.training[128 * step :]), 1e-2)
+            losses.append(lane.evaluate())
+        return losses
+
+    lane = make(name, 0)
+    assert isinstance(lane, torch_lanes.CompiledLane)
+    found = curve(lane)
+    # Sums in another order, and what three steps of Adam make of that.
+    assert found == pytest.approx(curve(make_lane(name, **shape)[0]), abs=1e-4)
+    assert found[-1] < found[0] - 0.1
+    assert lane.tokens_per_step() == (8 * 15 if name == "dense" else 8 * 4)
+    assert make(name, 0) is lane  # what was compiled serves again, from the start
+    assert curve(lane) == found
+    other = curve(make(name, 1))
+    assert other[0] == make_lane(name, seed=1, **shape)[0].evaluate()
+    lane.restart(torch_lanes.build_model(settings, corpus, 0).state_dict(), seed=1)
+    again = curve(lane)
+    assert again[0] == found[0]
+    assert (again == found) == (name == "dense")  # a selection has other draws
 
 
 def test_lanes_of_one_seed_share_their_start_and_nothing_else():
@@ -247,6 +420,16 @@ def test_a_local_model_is_fine_tuned(book, tmp_path, saved_model):
 def test_a_local_model_that_does_not_fit(book, saved_model, arguments, message):
     result = race("--model", "pretrained", "--batch-size", "4", *arguments.split())
     assert result.stderr == f"cggr: {message}\n"
+    assert result.exit_code == 2
+
+
+def test_a_lane_whose_router_is_deeper_than_the_model(book, tmp_path, saved_model):
+    (tmp_path / "config.toml").write_text("[lanes.deep]\nrouter-layers = 3\n")
+    arguments = "--config config.toml --model pretrained --batch-size 4 --sequence-length 16"
+    result = race(*arguments.split())
+    assert result.stderr == (
+        "cggr: --model pretrained: lane deep: router_layers 3 is more than its 2 layers\n"
+    )
     assert result.exit_code == 2
 
 

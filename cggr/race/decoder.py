@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from cggr.race.settings import HEAD_SIZE, RaceSettings
+from cggr.race.settings import RaceSettings
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -84,7 +84,7 @@ class DecoderShape:
 
 def new_decoder(settings: RaceSettings, vocab_size: int) -> DecoderShape:
     """The shape of the small model that the settings ask for."""
-    heads = settings.hidden_size // HEAD_SIZE
+    heads = settings.hidden_size // settings.head_size
     return DecoderShape(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
@@ -92,7 +92,7 @@ def new_decoder(settings: RaceSettings, vocab_size: int) -> DecoderShape:
         layers=settings.layers,
         heads=heads,
         kv_heads=heads,
-        head_size=HEAD_SIZE,
+        head_size=settings.head_size,
         positions=settings.sequence_length,
     )
 

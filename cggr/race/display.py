@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -37,7 +38,7 @@ class Log(Watcher):
         )
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class LiveTable(Watcher):
@@ -72,7 +73,7 @@ class LiveTable(Watcher):
             spent = min(1.0, self.settings.budget.spent(run.seconds, run.steps))
             speed = run.tokens_seen / run.seconds if run.seconds else 0.0
             table.add_row(
-                run.lane,
+                escape(run.lane),
                 ProgressBar(total=1.0, completed=spent, width=24),
                 f"{run.steps:,}",
                 f"{run.curve[-1].loss:.3f}",

@@ -122,15 +122,17 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def best_rate(runs: Sequence[Run]) -> float:
-    """The learning rate of the lowest final loss; of equal ones the lowest.
+    """The learning rate of the lowest final loss; of equal ones, or none finite, the lowest.
 
     Args:
         runs: A lane's, of one seed.
     """
 
-    def rank(run: Run) -> tuple[bool, float, float]:
+    def rank(run: Run) -> tuple[float, float]:
         loss = run.curve[-1].loss
-        return math.isnan(loss), loss, run.learning_rate
+        # In results.json infinity is null as NaN is: they rank alike, before and after --resume.
+        loss = loss if math.isfinite(loss) else math.inf
+        return loss, run.learning_rate
 
     return min(runs, key=rank).learning_rate
 

@@ -49,8 +49,11 @@ def race(
             split = text.with_noise(split, settings.noise)
     with console.status("tokenizing"):
         tokenizer, end_of_text = None, None
-        if settings.model is not None:
-            tokenizer, end_of_text = pretrained.load_tokenizer(settings.model)
+        # A new model has the tokenizer of its reference: losses of other tokens would say nothing.
+        source = settings.model or settings.reference
+        if source is not None:
+            option = "--reference" if settings.model is None else "--model"
+            tokenizer, end_of_text = pretrained.load_tokenizer(source, option)
         corpus = tokens.prepare(
             split, vocab_size=settings.vocab_size, tokenizer=tokenizer, end_of_text=end_of_text
         )
@@ -82,7 +85,7 @@ def race(
         f"{text.source_name(settings.text)} ({len(corpus.training) / 1e6:.2f} M tokens), {where}"
     )
     for line in (subtitle, *split.notes):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,17 +101,16 @@ def race(
     environment = machine.environment(runtime)
     file = folder / report.RESULTS
     done = report.earlier_runs(file, settings, split.digest, runtime) if resume else []
-    saved: list[engine.Run] = []
 
     def finished(run: engine.Run, lane: engine.Lane, runs: Sequence[engine.Run]) -> None:
         """Keeps what has been measured, and the best model that is to be saved."""
+        first = [other for other in runs if (other.lane, other.seed) == (settings.save, 0)]
+        if run in first and engine.best_rate(first) == run.learning_rate:
+            # Before the results: what they hold need not run again.
+            lane.save(folder / "model")
+            (folder / "model" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
         found = report.results(runs, settings, corpus, text=described, environment=environment)
         report.write_results(file, found)
-        if (run.lane, run.seed) == (settings.save, 0):
-            saved.append(run)
-            if engine.best_rate(saved) == run.learning_rate:
-                lane.save(folder / "model")
-                (folder / "model" / "tokenizer.json").write_text(corpus.tokenizer)
 
     with watch(console, settings) as watcher:
         runs = engine.run_race(

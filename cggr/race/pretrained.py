@@ -16,16 +16,20 @@ from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.tokens import Corpus
 
 
-def load_tokenizer(folder: Path) -> tuple[Tokenizer, int | None]:
+def load_tokenizer(folder: Path, option: str = "--model") -> tuple[Tokenizer, int | None]:
     """Loads the tokenizer of a local model folder and its end-of-text token.
+
+    Args:
+        folder: The folder.
+        option: What the user calls it, for errors.
 
     Raises:
         RaceError: The folder holds none, or a damaged one.
     """
-    config = _read_json(folder, "config.json")
-    model = _read_json(folder, "tokenizer.json").get("model")
+    config = _read_json(folder, "config.json", option)
+    model = _read_json(folder, "tokenizer.json", option).get("model")
     if not (isinstance(model, dict) and "vocab" in model):
-        raise RaceError(f"--model {folder}: its tokenizer.json describes no tokenizer")
+        raise RaceError(f"{option} {folder}: its tokenizer.json describes no tokenizer")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -48,10 +52,12 @@ def check_fit(
     Raises:
         RaceError: The vocabulary, the sequences or the router do not fit.
     """
+    routers = [(name, settings.lane(name).router_layers or 0) for name in settings.lanes]
     for what, wanted, had, of in (
         ("its tokenizer's vocabulary", corpus.vocab_size, embeddings, "embeddings"),
         ("--sequence-length", settings.sequence_length, positions, "positions"),
         ("--router-layers", settings.router_layers, layers, "layers"),
+        *((f"lane {name}: router_layers", wanted, layers, "layers") for name, wanted in routers),
     ):
         if wanted > had:
             raise RaceError(
@@ -81,18 +87,18 @@ def load_llama(folder: Path) -> tuple[DecoderShape, Weights]:
     return shape, weights
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, option: str = "--model") -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text())
     except FileNotFoundError:
         raise RaceError(
-            f"--model {folder}: no {name} in it; give the folder of a Hugging Face model "
+            f"{option} {folder}: no {name} in it; give the folder of a Hugging Face model "
             "with its tokenizer, as save_pretrained writes it"
         ) from None
     except ValueError as error:
-        raise RaceError(f"--model {folder}: {name} is damaged: {error}") from None
+        raise RaceError(f"{option} {folder}: {name} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise RaceError(f"--model {folder}: {name} is damaged: it holds no JSON object")
+        raise RaceError(f"{option} {folder}: {name} is damaged: it holds no JSON object")
     return content
 
 

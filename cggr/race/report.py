@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cggr.race import figure, summary
-from cggr.race.engine import Evaluation, Run
+from cggr.race.engine import Evaluation, Run, best_rate
 from cggr.race.machine import Runtime
 from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.summary import LaneSummary
@@ -64,7 +65,7 @@ def results_table(
     best = min(summaries, key=summary.rank)
     for item in summaries:
         values = (cell(item) for cell in cells.values())
-        table.add_row(item.lane, *values, style="bold" if item is best else "")
+        table.add_row(escape(item.lane), *values, style="bold" if item is best else "")
     return table
 
 
@@ -111,8 +112,8 @@ def results(
         )
     return {
         "schema": SCHEMA,
-        "complete": len(runs) >= len(settings.lanes) * (settings.seeds + len(settings.rates) - 1)
-        and all(run.complete for run in runs),
+        "complete": all(run.complete for run in runs)
+        and all(_has_raced(lane, runs, settings) for lane in settings.lanes),
         "settings": settings.to_json(),
         "text": {
             **text,
@@ -124,6 +125,16 @@ def results(
         **environment,
         "runs": described,
     }
+
+
+def _has_raced(lane: str, runs: Sequence[Run], settings: RaceSettings) -> bool:
+    """Whether a lane has raced at all rates and, at the best, with all seeds."""
+    had = {(run.seed, run.learning_rate) for run in runs if run.lane == lane}
+    first = [run for run in runs if (run.lane, run.seed) == (lane, 0)]
+    is_tuned = first and settings.one_by_one
+    rate = best_rate(first) if is_tuned else settings.peak_learning_rate
+    wanted = {(seed, rate) for seed in range(1, settings.seeds)}
+    return wanted | {(0, rate) for rate in settings.rates} <= had
 
 
 def write_results(file: Path, found: dict[str, object]) -> None:
@@ -143,17 +154,26 @@ def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runti
         runtime: Of this race.
 
     Raises:
-        RaceError: It was another race: on another text or device, or with other settings.
+        RaceError: It was another race: on another text or device, or with other settings; or the
+            file is damaged, or the model to save was trained without being saved.
     """
     if not file.exists():
         return []
-    found = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise RaceError(f"--resume: {file} is damaged: {error}") from None
+    if found["schema"] != SCHEMA:
+        raise RaceError(f"--resume: {file} is of schema {found['schema']}, not {SCHEMA}")
     before: dict[str, Any] = found["settings"]
     now: dict[str, Any] = settings.to_json()
-    tables, here = (values["tables"] for values in (before, now))
-    for name in tables.keys() & here.keys():
-        if tables[name] != here[name]:
-            raise RaceError(f"--resume: lane {name} was {tables[name]}, not {here[name]}")
+    had = {run["lane"] for run in found["runs"] if run["complete"]}
+    for name in settings.lanes:  # one without a table is out of LANES
+        table, here = (values["tables"].get(name, "no table") for values in (before, now))
+        if name in had and table != here:
+            raise RaceError(f"--resume: lane {name} was {table}, not {here}")
+    if settings.save in had and settings.save != before["save"]:
+        raise RaceError(f"--resume: lane {settings.save} has raced without --save {settings.save}")
     for option in _MAY_DIFFER:
         before.pop(option, None), now.pop(option, None)
     before |= {"text": found["text"]["sha256"], "gpu": found["machine"]["gpu"]}
@@ -211,5 +231,5 @@ def write_report(
         for target in (console, Console(file=file, width=140)):
             target.print(table)
             for line in lines:
-                target.print(line, highlight=False, soft_wrap=True)
+                target.print(line, highlight=False, markup=False, soft_wrap=True)
     figure.draw(summaries, settings, subtitle, folder / "report.png")

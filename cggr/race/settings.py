@@ -19,7 +19,6 @@ LANES = ("dense", "random", "cggr", "random-sequences", "cggr-sequences")
 SPLITS = ("dense", "token", "sequence")
 DEFAULT_LANES = LANES[:3]
 BACKENDS = ("torch", "jax")
-HEAD_SIZE = 32  # of the new model's attention
 
 _UNITS: dict[str, tuple[float, Literal["seconds", "steps"]]] = {
     "s": (1, "seconds"),
@@ -122,7 +121,7 @@ class LaneSettings:
             )
         for option in ("router_layers", "batch_size"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise RaceError(f"lane {self.name}: {option} must be 1 or more, got {value!r}")
         try:
             self.routing(seed=0)
@@ -184,7 +183,8 @@ class RaceSettings:
         sequence_length: Tokens per sequence.
         learning_rate: Peak of the schedule; 6e-3 for a new model and 5e-5 for `model` if None.
         learning_rates: Peaks of which each lane has its best, by its first seed; none if empty.
-        hidden_size: Width of the new model, a multiple of 32.
+        hidden_size: Width of the new model.
+        head_size: Width of its attention heads, which divides `hidden_size`.
         layers: Depth of the new model.
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
         text: Files and folders; the Python standard library's source if empty.
@@ -215,6 +215,7 @@ class RaceSettings:
     learning_rate: float | None = None
     learning_rates: tuple[float, ...] = ()
     hidden_size: int = 192
+    head_size: int = 32
     layers: int = 4
     vocab_size: int = 4096
     text: tuple[Path, ...] = ()
@@ -248,6 +249,10 @@ class RaceSettings:
         for option, value in (("ratio", self.ratio), ("learning-rate", self.learning_rate), *rates):
             if value is not None and not 0 < value < math.inf:
                 raise RaceError(f"--{option} must be a positive number, got {value}")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise RaceError(f"--learning-rates must differ, got {self.learning_rates}")
+        if self.learning_rates and self.learning_rate is not None:
+            raise RaceError("give either --learning-rate or --learning-rates")
         if self.eval_every is not None:
             if self.eval_every.unit != self.budget.unit:
                 raise RaceError(
@@ -259,9 +264,9 @@ class RaceSettings:
                     f"--budget {self.budget} ends before the first evaluation: give a longer "
                     f"budget, or an --eval-every of at most {self.budget}"
                 )
-        if self.hidden_size % HEAD_SIZE:
+        if self.hidden_size % self.head_size:
             raise RaceError(
-                f"--hidden-size must be a multiple of {HEAD_SIZE} (the width of an attention "
+                f"--hidden-size must be a multiple of {self.head_size} (the width of an attention "
                 f"head), got {self.hidden_size}"
             )
         if self.model is None and self.router_layers > self.layers:
@@ -269,8 +274,16 @@ class RaceSettings:
                 f"--router-layers {self.router_layers} is more than the model's {self.layers} "
                 "layers"
             )
+        for name in self.tables:  # a mistake in a lane that does not race is one too
+            self.lane(name)
         ways = [self.lane(name) for name in self.lanes]
         for way in ways:
+            layers = way.router_layers or 0
+            if self.model is None and layers > self.layers:
+                raise RaceError(
+                    f"lane {way.name}: router_layers {layers} is more than the model's "
+                    f"{self.layers} layers"
+                )
             if way.scores_excess and self.reference is None:
                 raise RaceError(
                     f"lane {way.name}: scoring excess_loss needs a --reference, the folder of a "

@@ -49,8 +49,8 @@ def rank(summary: LaneSummary) -> tuple[bool, float]:
 def summarize(runs: Sequence[Run]) -> list[LaneSummary]:
     """Puts the lanes side by side at equal budgets, each at its best learning rate.
 
-    Seeds that were cut off are left out where a complete one exists; otherwise the curves of the
-    seed that was cut off end at the last evaluation that all its lanes have reached.
+    Seeds that not all lanes have completed are left out where a complete one exists; otherwise the
+    curves of the first seed end at the last evaluation that all its lanes have reached.
 
     Args:
         runs: At least one seed's runs.
@@ -67,7 +67,9 @@ def summarize(runs: Sequence[Run]) -> list[LaneSummary]:
     for run in runs:
         by_seed.setdefault(run.seed, []).append(run)
     groups = list(by_seed.values())
-    complete = [group for group in groups if all(run.complete for run in group)]
+    complete = [
+        group for group in groups if len(group) == len(rates) and all(run.complete for run in group)
+    ]
     chosen = complete or groups[:1]
     # The shortest counts: a slow machine can step over an evaluation and has fewer of them.
     length = min(len(run.curve) for group in chosen for run in group)

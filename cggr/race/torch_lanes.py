@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
 from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, initial_weights, new_decoder
 from cggr.race.engine import Lane
 from cggr.race.machine import Runtime, package_version
-from cggr.race.pretrained import check_fit
+from cggr.race.pretrained import check_fit, load_tokenizer
 from cggr.race.settings import LaneSettings, RaceError, RaceSettings
 from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
 from cggr.reference import ReferenceLosses
@@ -333,8 +334,18 @@ def load_folder(
 
 
 def reference_losses(settings: RaceSettings, corpus: Corpus, device: torch.device) -> Losses:
-    """The loss of every training token by the reference, at the one before it."""
+    """The loss of every training token by the reference, at the one before it.
+
+    Raises:
+        RaceError: The reference cannot be loaded, or its tokens are others than the race's.
+    """
     assert settings.reference is not None
+    own, _ = load_tokenizer(settings.reference, "--reference")
+    if own.get_vocab() != Tokenizer.from_str(corpus.tokenizer).get_vocab():
+        raise RaceError(
+            f"--reference {settings.reference}: its tokenizer is not that of --model "
+            f"{settings.model}, whose tokens its losses are to be of"
+        )
     model = load_folder(settings.reference, torch.float32, "--reference").to(device).eval()
     about = {"model": settings.reference.name}
     with tempfile.TemporaryDirectory() as folder:
