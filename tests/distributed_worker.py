@@ -31,7 +31,7 @@ SPLITS = {
     "sequence, router": {"split": "sequence", "router": 1},
     "sequence, topk": {"split": "sequence", "selection": "topk"},
 }
-WAYS = ("ddp", "fsdp", "trainer")
+WAYS = ("ddp", "fsdp", "trainer", "accelerate")
 MODELS = ("llama", "gpt2")  # gpt2's head is its embedding
 
 
@@ -52,6 +52,14 @@ def wrapped(way: str, model: nn.Module, cggr: CGGRModel):
     if way == "fsdp":
         return fully_shard(cggr)
     # As CGGRTrainer does: the sharded model's own forward, replaced for one call.
+    if way == "accelerate":
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
+        tail = [norm, embedding, head]
+        if embedding.weight is not head.weight:
+            fully_shard(embedding)
+            tail.remove(embedding)
+        fully_shard(tail, reshard_after_forward=False)
     fully_shard(model)
 
     def forward(**inputs):

@@ -72,6 +72,8 @@ def test_sources_are_texts_of_their_kind_once(texts, tmp_path):
         "project/copy.py": b"a = 1\n",
         "project/b.py": b"b = 2\n",
         "project/.hidden/c.py": b"c = 3\n",
+        "/elsewhere/d.py": b"d = 4\n",
+        "project/../../e.py": b"e = 5\n",
         "project/data.txt": b"text\n",
         "project/binary.py": b"\0",
         "project/latin.py": "\xe9".encode("latin-1"),

@@ -345,6 +345,7 @@ def raced(book):
         ("--noise 0.5", "runs/test/results.json is of a race with noise 0.0, not 0.5"),
         ("--text config.toml", "runs/test/results.json is of a race with text '"),
         ("--save mine", "lane mine has raced without --save mine"),
+        ("--lanes cggr", "lane mine has raced, whose results would be lost"),
     ],
 )
 def test_resume_refuses_another_race(raced, tmp_path, arguments, message):
@@ -392,7 +393,9 @@ def test_resume_needs_a_name_and_a_whole_file_of_its_schema(book, tmp_path):
     assert result.stderr.startswith("cggr: --resume: runs/test/results.json is damaged: ")
     assert result.exit_code == 2
     file.write_text('{"schema": 1}')
-    check_refused(race(*TINY, "--resume"), "--resume: runs/test/results.json is of schema 1, not 2")
+    check_refused(
+        race(*TINY, "--resume"), "--resume: runs/test/results.json holds no results of schema 2"
+    )
 
 
 def test_a_loss_that_was_not_finite_is_none_after_resume(raced, tmp_path):
@@ -438,6 +441,10 @@ def test_a_saved_model_is_the_best_of_its_lane_and_races_on(book, tmp_path, monk
     assert race(*tuned, rates, "1e-6,1e-2,1e-7,1e-8", "--resume").exit_code == 0
     assert ("dense", 0, 1e-8) in keys(read(tmp_path))
     check()
+    check_refused(
+        race(*tuned, rates, "1e-6,1e-2,1e-8", "--resume"),
+        "--resume: the learning rate 1e-07 has raced and is left out now",
+    )
 
     assert (folder / "tokenizer.json").read_text(encoding="utf-8") == prepared[0].tokenizer
     arguments = f"--model {folder} --batch-size 4 --sequence-length 32 --budget 1step --name more"

@@ -30,7 +30,7 @@ from cggr.race.settings import LANES, RaceError
 from cggr.race.tokens import Batch
 
 CPU = jax.devices("cpu")[0]
-MINE = {"split": "sequence", "selection": "topk", "ratio": 0.5, "batch_size": 4}
+MINE = {"split": "sequence", "selection": "topk", "ratio": 0.75, "batch_size": 12}
 FINE_TUNING = shlex.split("--model pretrained --batch-size 4 --sequence-length 16")
 SHAPES = {
     "as raced": DecoderShape(

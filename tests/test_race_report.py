@@ -12,7 +12,6 @@ from rich.console import Console
 
 from cggr.race import figure, report, summary
 from cggr.race.engine import Evaluation, Run
-from cggr.race.machine import Runtime
 from cggr.race.settings import DEFAULT_LANES as LANES
 from cggr.race.settings import Budget, RaceError, RaceSettings
 from cggr.race.tokens import Corpus
@@ -153,7 +152,12 @@ def test_a_lane_that_diverged_ranks_last():
 
 def write(folder, runs, settings):
     found = report.results(
-        runs, settings, CORPUS, text={"source": "a book"}, environment={"git_commit": None}
+        runs,
+        settings,
+        CORPUS,
+        text={"source": "a book"},
+        models={},
+        environment={"git_commit": None},
     )
     output = io.StringIO()
     console = Console(file=output, width=80)
@@ -184,7 +188,8 @@ def test_the_table_fits_80_columns_and_is_saved_as_printed(tmp_path, seeds):
 def test_results_hold_the_whole_curves(tmp_path):
     runs = make_runs()
     found, _ = write(tmp_path, runs, make_settings(seeds=3))
-    assert set(found) == {"schema", "complete", "settings", "text", "git_commit", "runs"}
+    named = {"schema", "complete", "settings", "text", "models_sha256", "git_commit", "runs"}
+    assert set(found) == named
     assert found["complete"] is True
     assert found["text"]["training_tokens"] == 5000
     assert found["text"]["heldout_tokens"] == 101
@@ -246,22 +251,37 @@ def test_complete_runs_are_read_back_as_they_were(tmp_path):
         for lane, seed, loss in (("dense", 0, 4.0), ("cggr", 0, math.nan), ("dense", 1, 3.0))
     ]
     cut_off = make_run("cggr", 1, [8.0, 5.0], complete=False)
-    other = make_run("random", 0, [8.0, 5.0])
     file = tmp_path / "results.json"
-    found = report.results(
-        [*runs, cut_off, other],
-        settings,
-        CORPUS,
-        text={"sha256": "abc"},
-        environment={"machine": {"gpu": "A card"}},
+    here = {"machine": {"gpu": "A card"}, "versions": {"torch": "2"}}
+    given = {"models": {"model": "123"}, "environment": here}
+    report.write_results(
+        file, report.results([*runs, cut_off], settings, CORPUS, text={"sha256": "abc"}, **given)
     )
-    report.write_results(file, found)
-    runtime = Runtime(versions={}, device="cuda", gpu="A card", threads=1)
-    again = report.earlier_runs(file, settings, "abc", runtime)
+    again = report.earlier_runs(file, settings, "abc", **given)
     assert repr(again) == repr(runs)  # NaN is not equal to itself
-    with pytest.raises(RaceError, match=r"of a race with gpu 'A card', not None$"):
-        report.earlier_runs(file, settings, "abc", dataclasses.replace(runtime, gpu=None))
-    assert report.earlier_runs(tmp_path / "none.json", settings, "abc", runtime) == []
+    for other, message in (
+        ({"environment": here | {"machine": {"gpu": None}}}, "gpu 'A card', not None"),
+        ({"environment": here | {"versions": {"torch": "3"}}}, "versions {'torch': '2'}, not "),
+        ({"models": {"model": "4"}}, "weights of {'model': '123'}, not {'model': '4'}"),
+    ):
+        with pytest.raises(RaceError, match=f"of a race with {message}"):
+            report.earlier_runs(file, settings, "abc", **given | other)
+    for changed, message in (
+        ({"lanes": ("cggr", "random")}, "lane dense has raced, whose results would be lost"),
+        ({"seeds": 3}, None),
+        ({"lanes": ("dense", "cggr", "random")}, None),
+    ):
+        wanted = dataclasses.replace(settings, **changed)
+        if message is None:
+            assert len(report.earlier_runs(file, wanted, "abc", **given)) == 3
+        else:
+            with pytest.raises(RaceError, match=message):
+                report.earlier_runs(file, wanted, "abc", **given)
+    assert report.earlier_runs(tmp_path / "none.json", settings, "abc", **given) == []
+    for content in ("{}", "[]", '{"schema": 1}'):
+        file.write_text(content)
+        with pytest.raises(RaceError, match="holds no results of schema 2"):
+            report.earlier_runs(file, settings, "abc", **given)
 
 
 def test_a_loss_that_is_not_a_number_is_null_and_still_drawn(tmp_path):

@@ -128,6 +128,7 @@ def test_a_budget_is_spent_in_its_own_unit():
         ),
         ({"backend": "jax", "compiled": True}, "--compiled is for --backend torch"),
         ({"backend": "jax", "reference": Path("model")}, "--reference is for --backend torch"),
+        ({"head_size": 3}, "--head-size must be even, got 3"),
         ({"backend": "jax", "save": "dense"}, "--save is for --backend torch"),
     ],
 )
@@ -191,6 +192,10 @@ def with_lane(table, **options):
         (
             {"split": "tokens"},
             "lane mine: split must be one of dense, token, sequence, got 'tokens'",
+        ),
+        (
+            {"split": "dense", "batch-size": 4, "ratio": 0.5},
+            "lane mine: a dense lane selects nothing, got 'ratio'",
         ),
         ({"batch-size": 0}, "lane mine: batch_size must be 1 or more, got 0"),
         ({"batch_size": 2.5}, "lane mine: batch_size must be 1 or more, got 2.5"),
@@ -280,7 +285,7 @@ def test_a_lane_has_its_own_batch_size_or_the_races():
 
 
 def test_a_dense_lane_needs_no_reference():
-    settings = with_lane({"split": "dense", "scoring": "excess_loss"})
+    settings = with_lane({"split": "dense"}, scoring="excess_loss")
     assert not settings.lane("mine").scores_excess
     settings = with_lane({"scoring": "excess_loss"}, reference=Path("model"))
     assert settings.lane("mine").scores_excess

@@ -11,6 +11,7 @@ WAYS = {
     "ddp": "DistributedDataParallel around it",
     "fsdp": "fully_shard of the layers and of it",
     "trainer": "fully_shard of the model, whose forward is replaced",
+    "accelerate": "the same, with norm and head in a part of their own",
 }
 
 

@@ -100,7 +100,8 @@ def sources(wheel: Path, corpus: Corpus, seen: set[str]) -> Iterator[tuple[str, 
         # In the order of a hash, what fits is a sample of the whole project.
         for name in sorted(archive.namelist(), key=lambda name: hash_of(name.encode())):
             path, size = PurePosixPath(name), archive.getinfo(name).file_size
-            hidden = any(part.startswith(".") for part in path.parts)
+            # An absolute path, or one with "..", would lead out of the folder.
+            hidden = path.is_absolute() or any(part.startswith(".") for part in path.parts)
             if hidden or path.suffix not in corpus.suffixes or size > min(room, MAX_FILE_BYTES):
                 continue
             content = archive.read(name)

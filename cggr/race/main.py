@@ -98,9 +98,21 @@ def race(
         "heldout_files": [document.name for document in split.heldout],
         "notes": list(split.notes),
     }
+    models = {
+        name: pretrained.digest(path)
+        for name, path in (("model", settings.model), ("reference", settings.reference))
+        if path is not None
+    }
     environment = machine.environment(runtime)
     file = folder / report.RESULTS
-    done = report.earlier_runs(file, settings, split.digest, runtime) if resume else []
+    done = []
+    if resume:
+        done = report.earlier_runs(file, settings, split.digest, models, environment)
+
+    def results(runs: Sequence[engine.Run]) -> dict[str, object]:
+        return report.results(
+            runs, settings, corpus, text=described, models=models, environment=environment
+        )
 
     def finished(run: engine.Run, lane: engine.Lane, runs: Sequence[engine.Run]) -> None:
         """Keeps what has been measured, and the best model that is to be saved."""
@@ -109,8 +121,7 @@ def race(
             # Before the results: what they hold need not run again.
             lane.save(folder / "model")
             (folder / "model" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
-        found = report.results(runs, settings, corpus, text=described, environment=environment)
-        report.write_results(file, found)
+        report.write_results(file, results(runs))
 
     with watch(console, settings) as watcher:
         runs = engine.run_race(
@@ -123,7 +134,7 @@ def race(
         )
     if not runs:
         raise KeyboardInterrupt
-    found = report.results(runs, settings, corpus, text=described, environment=environment)
+    found = results(runs)
     report.write_results(file, found)
     report.write_report(folder, runs, settings, corpus, subtitle, console)
     if not found["complete"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -35,6 +36,17 @@ def load_tokenizer(folder: Path, option: str = "--model") -> tuple[Tokenizer, in
     tokenizer.no_padding()
     end = config.get("eos_token_id")
     return tokenizer, end[0] if isinstance(end, list) else end
+
+
+def digest(folder: Path) -> str:
+    """Tells models apart, whatever their folders are called: a hash of their files."""
+    found = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin"):
+            with file.open("rb") as content:
+                hashed = hashlib.file_digest(content, "sha256")
+            found.update(f"{file.name} {hashed.hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def check_fit(

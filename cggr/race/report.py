@@ -19,7 +19,6 @@ from rich.table import Table
 
 from cggr.race import figure, summary
 from cggr.race.engine import Evaluation, Run, best_rate
-from cggr.race.machine import Runtime
 from cggr.race.settings import RaceError, RaceSettings
 from cggr.race.summary import LaneSummary
 from cggr.race.tokens import Corpus
@@ -84,6 +83,7 @@ def results(
     corpus: Corpus,
     *,
     text: dict[str, object],
+    models: dict[str, str],
     environment: dict[str, object],
 ) -> dict[str, object]:
     """Everything that was measured, as plain values for JSON; a loss that is not finite is null."""
@@ -122,6 +122,7 @@ def results(
             "heldout_bytes": corpus.heldout_bytes,
             "vocab_size": corpus.vocab_size,
         },
+        "models_sha256": models,
         **environment,
         "runs": described,
     }
@@ -144,18 +145,26 @@ def write_results(file: Path, found: dict[str, object]) -> None:
     partial.replace(file)
 
 
-def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runtime) -> list[Run]:
+def earlier_runs(
+    file: Path,
+    settings: RaceSettings,
+    digest: str,
+    models: dict[str, str],
+    environment: dict[str, Any],
+) -> list[Run]:
     """Complete runs of an earlier race that this one need not run again; none without a file.
 
     Args:
         file: Its results.json.
         settings: Of this race.
         digest: Of the text.
-        runtime: Of this race.
+        models: Digests of the models that it begins with.
+        environment: Of this race.
 
     Raises:
-        RaceError: It was another race: on another text or device, or with other settings; or the
-            file is damaged, or the model to save was trained without being saved.
+        RaceError: It was another race: on another text or device, from another model, by other
+            versions or settings, or with lanes or learning rates that this one lacks; or the file
+            is damaged, or the model to save was trained without being saved.
     """
     if not file.exists():
         return []
@@ -163,8 +172,8 @@ def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runti
         found = json.loads(file.read_text())
     except ValueError as error:
         raise RaceError(f"--resume: {file} is damaged: {error}") from None
-    if found["schema"] != SCHEMA:
-        raise RaceError(f"--resume: {file} is of schema {found['schema']}, not {SCHEMA}")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise RaceError(f"--resume: {file} holds no results of schema {SCHEMA}")
     before: dict[str, Any] = found["settings"]
     now: dict[str, Any] = settings.to_json()
     had = {run["lane"] for run in found["runs"] if run["complete"]}
@@ -172,12 +181,18 @@ def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runti
         table, here = (values["tables"].get(name, "no table") for values in (before, now))
         if name in had and table != here:
             raise RaceError(f"--resume: lane {name} was {table}, not {here}")
+    if missing := sorted(had - set(settings.lanes)):
+        raise RaceError(f"--resume: lane {missing[0]} has raced, whose results would be lost")
+    if missing := sorted(set(before["learning_rates"]) - set(settings.learning_rates)):
+        raise RaceError(f"--resume: the learning rate {missing[0]:g} has raced and is left out now")
     if settings.save in had and settings.save != before["save"]:
         raise RaceError(f"--resume: lane {settings.save} has raced without --save {settings.save}")
     for option in _MAY_DIFFER:
         before.pop(option, None), now.pop(option, None)
-    before |= {"text": found["text"]["sha256"], "gpu": found["machine"]["gpu"]}
-    now |= {"text": digest, "gpu": runtime.gpu}
+    before |= {"text": found["text"]["sha256"], "weights of": found["models_sha256"]}
+    now |= {"text": digest, "weights of": models}
+    for values, of in ((before, found), (now, environment)):
+        values |= {"gpu": of["machine"]["gpu"], "versions": of["versions"]}
     for option, value in now.items():
         if before.get(option) != value:
             raise RaceError(
@@ -197,7 +212,7 @@ def earlier_runs(file: Path, settings: RaceSettings, digest: str, runtime: Runti
             tokens_trained=curve[-1].tokens_trained,
         )
         for run in found["runs"]
-        if run["complete"] and run["lane"] in settings.lanes
+        if run["complete"]
     ]
 
 

@@ -143,6 +143,9 @@ class LaneSettings:
             raise RaceError(
                 f"lane {name}: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
+        selecting = sorted(options.keys() - {"split", "batch_size"})
+        if options.get("split") == "dense" and selecting:
+            raise RaceError(f"lane {name}: a dense lane selects nothing, got {selecting[0]!r}")
         common = {key: getattr(race, key) for key in ("scoring", "selection", "ratio")}
         return cls(name=name, **common | options)
 
@@ -264,6 +267,8 @@ class RaceSettings:
                     f"--budget {self.budget} ends before the first evaluation: give a longer "
                     f"budget, or an --eval-every of at most {self.budget}"
                 )
+        if self.head_size % 2:
+            raise RaceError(f"--head-size must be even, got {self.head_size}")
         if self.hidden_size % self.head_size:
             raise RaceError(
                 f"--hidden-size must be a multiple of {self.head_size} (the width of an attention "

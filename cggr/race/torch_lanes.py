@@ -21,7 +21,7 @@ from cggr.race.decoder import EMBEDDING, HEAD, DecoderShape, initial_weights, ne
 from cggr.race.engine import Lane
 from cggr.race.machine import Runtime, package_version
 from cggr.race.pretrained import check_fit, load_tokenizer
-from cggr.race.settings import LaneSettings, RaceError, RaceSettings
+from cggr.race.settings import LANES, LaneSettings, RaceError, RaceSettings
 from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
 from cggr.reference import ReferenceLosses
 from cggr.torch import CapturedStep, CGGRModel, RoutingConfig, create_truncated_router
@@ -77,7 +77,8 @@ class TorchLane:
 
     def _check_split(self) -> None:
         if self.lane.split == "token" and (reason := refusal(self.model)) is not None:
-            raise RaceError(f"--lanes {self.name}: {reason} {self.name}-sequences can race")
+            other = f"{self.name}-sequences" if self.name in LANES else "split = 'sequence'"
+            raise RaceError(f"--lanes {self.name}: {reason} {other} can race")
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
         """One optimizer step."""
@@ -166,8 +167,8 @@ class CompiledLane(TorchLane):
     """The same with compiled steps; on a GPU in CUDA graphs and bfloat16, weights in float32.
 
     It can start again, so that what was compiled serves all seeds and learning rates. The dense
-    lane is a CGGRModel of all sequences: without the mask that transformers makes needlessly where
-    steps are captured, and by its kernels of the loss, it is the fastest dense step that there is.
+    lane is a CGGRModel of all sequences, which scores nothing: it attends without the mask that
+    transformers makes needlessly where steps are captured.
     """
 
     routed: CGGRModel
@@ -178,7 +179,9 @@ class CompiledLane(TorchLane):
         self._steps: dict[Any, CapturedStep] = {}
         self._ends: deque[torch.cuda.Event] = deque()
         if lane.split == "dense":
-            every = RoutingConfig(selection="random", min_tokens_ratio=1.0, warmup_steps=0)
+            every = RoutingConfig(
+                selection="random", min_tokens_ratio=1.0, warmup_steps=0, dynamic_threshold=False
+            )
             return CGGRModel(inner, config=every, split="sequence", capacity="static")
         self._check_split()
         return CGGRModel(
@@ -215,20 +218,35 @@ class CompiledLane(TorchLane):
             self._ends.popleft().synchronize()
 
     def _captured(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        step = self._steps.setdefault(self.routed.scorer.level, CapturedStep(self.routed))
+        level = self.routed.scorer.level
+        if level not in self._steps:
+            self._steps[level] = CapturedStep(self.routed)
         with torch.autocast("cuda", torch.bfloat16):
-            step(**inputs)
+            self._steps[level](**inputs)
 
     def _capture_all(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """A graph for every capacity of the schedule, and the memory that their steps need."""
-        self.begin_turn()
+        super().begin_turn()
         for step in {int(step) for step in np.linspace(0, self.lane.warmup_steps, 100)}:
             self.routed.set_step(step)
             if self.routed.scorer.level not in self._steps:
                 self._captured(inputs)
                 self.optimizer.zero_grad(set_to_none=True)
         self.routed.set_step(0)
-        self.end_turn()
+        super().end_turn()
+
+    def begin_turn(self) -> None:
+        """Nothing to note: a graph allocates nothing."""
+
+    def end_turn(self) -> None:
+        """Likewise."""
+
+    def peak_memory(self) -> int | None:
+        """What the steps needed when they were captured, and what the optimizer keeps since."""
+        if self.device.type != "cuda":
+            return None
+        kept = [value for values in self.optimizer.state.values() for value in values.values()]
+        return self._peak + sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
 
 
 def _router(model: transformers.PreTrainedModel, lane: LaneSettings) -> Any:
