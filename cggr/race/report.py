@@ -189,7 +189,7 @@ def earlier_runs(
         raise RaceError(f"--resume: lane {settings.save} has raced without --save {settings.save}")
     for option in _MAY_DIFFER:
         before.pop(option, None), now.pop(option, None)
-    before |= {"text": found["text"]["sha256"], "weights of": found["models_sha256"]}
+    before |= {"text": found["text"]["sha256"], "weights of": found.get("models_sha256")}
     now |= {"text": digest, "weights of": models}
     for values, of in ((before, found), (now, environment)):
         values |= {"gpu": of["machine"]["gpu"], "versions": of["versions"]}
