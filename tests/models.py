@@ -115,6 +115,14 @@ def build(name, *, layers=LAYERS, seed=0, **options):
     return model.train()
 
 
+def no_cache(name):
+    """Inputs of a dense pass that is to have the bits of ours, which has no cache.
+
+    A cache lays keys out anew, and some processors round products of another layout otherwise.
+    """
+    return {} if name in (*MASKED, "mamba") else {"use_cache": False}
+
+
 def base_of(model):
     """The model without its head."""
     return model.base_model

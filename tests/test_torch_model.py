@@ -162,9 +162,7 @@ def test_ratio_one_is_the_models_own_loss_exactly(name, selection):
     labels = models.labels_for(name, input_ids)
     if name not in models.MASKED:
         labels[1, :4] = -100
-    # A cache lays keys out anew, and some processors round products of another layout otherwise.
-    without = {} if name in models.MASKED else {"use_cache": False}
-    dense = model(input_ids=input_ids, labels=labels, **without).loss
+    dense = model(input_ids=input_ids, labels=labels, **models.no_cache(name)).loss
     dense.backward()
     want = gradients(model)
     model.zero_grad()
