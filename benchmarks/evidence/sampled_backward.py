@@ -24,8 +24,7 @@ from torch import Tensor
 
 from cggr.race import pretrained, text, tokens
 from cggr.race.engine import learning_rate
-from cggr.race.tokens import IGNORED, evaluation_batches
-from cggr.race.torch_lanes import find_device, load_folder
+from cggr.race.torch_lanes import find_device, heldout_loss, load_folder
 
 FLOOR = 0.1  # of the mean norm, added to every norm: each row can be drawn
 
@@ -103,20 +102,6 @@ def train(way: Way, model: Any, batch: tokens.BatchFunction, peak: float) -> Non
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-@torch.inference_mode()
-def heldout_loss(model: Any, heldout: tokens.Tokens, length: int) -> float:
-    """Mean loss over all held-out tokens, in nats."""
-    total = 0.0
-    for inputs, targets in evaluation_batches(heldout, length):
-        logits = model(input_ids=torch.from_numpy(inputs).to(model.device)).logits
-        labels = torch.from_numpy(targets).to(model.device).flatten()
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels, reduction="sum", ignore_index=IGNORED
-        )
-        total += losses.item()
-    return total / (len(heldout) - 1)
 
 
 def main() -> None:

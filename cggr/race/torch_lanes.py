@@ -134,32 +134,25 @@ class TorchLane:
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
         self.model.eval()
-        total = 0.0
-        with torch.inference_mode():
-            for inputs, targets in evaluation_batches(self.heldout, self.sequence_length):
-                logits = self.model(input_ids=torch.from_numpy(inputs).to(self.device)).logits
-                labels = torch.from_numpy(targets).to(self.device)
-                loss = F.cross_entropy(
-                    logits.flatten(0, 1).float(),
-                    labels.flatten(),
-                    reduction="sum",
-                    ignore_index=IGNORED,
-                )
-                total += loss.item()
+        loss = heldout_loss(self.model, self.heldout, self.sequence_length)
         self.model.train()
-        return total / (len(self.heldout) - 1)
+        return loss
 
     def save(self, folder: Path) -> None:
         """Writes the model as ``from_pretrained`` reads it."""
         self.model.save_pretrained(folder)
 
     def _own_memory(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        own = sum(tensor.nbytes for tensor in tensors if tensor.device == self.device)
+        return own + self._optimizer_memory()
+
+    def _optimizer_memory(self) -> int:
         state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *state]
         return sum(
-            tensor.nbytes
-            for tensor in tensors
-            if isinstance(tensor, torch.Tensor) and tensor.device == self.device
+            value.nbytes
+            for value in state
+            if isinstance(value, torch.Tensor) and value.device == self.device
         )
 
 
@@ -245,8 +238,28 @@ class CompiledLane(TorchLane):
         """What the steps needed when they were captured, and what the optimizer keeps since."""
         if self.device.type != "cuda":
             return None
-        kept = [value for values in self.optimizer.state.values() for value in values.values()]
-        return self._peak + sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
+        return self._peak + self._optimizer_memory()
+
+
+@torch.inference_mode()
+def heldout_loss(model: Any, heldout: Tokens, length: int) -> float:
+    """Mean loss of a model in eval mode over all tokens but the first, each predicted once.
+
+    Args:
+        model: A causal language model.
+        heldout: Token ids.
+        length: Tokens per sequence.
+    """
+    device = next(model.parameters()).device
+    total = 0.0
+    for inputs, targets in evaluation_batches(heldout, length):
+        logits = model(input_ids=torch.from_numpy(inputs).to(device)).logits
+        labels = torch.from_numpy(targets).to(device)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        )
+        total += loss.item()
+    return total / (len(heldout) - 1)
 
 
 def _router(model: transformers.PreTrainedModel, lane: LaneSettings) -> Any:
