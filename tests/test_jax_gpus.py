@@ -1,7 +1,6 @@
 """cggr.jax on a mesh of all GPUs of the machine, against one of them."""
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -9,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from test_jax_sharding import (
     SELECTIONS,
     assert_close,
+    check_inside_shard_map,
     fully_sharded,
     gradient_of,
     make_model,
@@ -54,22 +54,4 @@ def test_the_selected_sequences_are_spread_over_the_gpus(on):
 @pytest.mark.parametrize("make", [make_model, token_split_model])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_inside_shard_map_every_gpu_selects_of_its_own(on, selection, make):
-    graphdef, parameters, rest = nnx.split(make(selection), nnx.Param, ...)
-    ids, n = token_batch(batch=32), len(GPUS)  # nothing ignored: every shard weighs the same
-
-    def loss(parameters, ids, rank):
-        model = nnx.merge(graphdef, parameters, rest, copy=True)
-        return model(ids, labels=ids, rank=rank)
-
-    def local(parameters, ids):
-        def mean(parameters):
-            return jax.lax.pmean(loss(parameters, ids, jax.lax.axis_index("data")), "data")
-
-        return jax.value_and_grad(mean)(parameters)
-
-    single = jax.jit(jax.value_and_grad(loss))
-    parts = [single(parameters, part, rank) for rank, part in enumerate(np.split(ids, n))]
-    expected = jax.tree.map(lambda *shards: sum(shards) / n, *parts)
-    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-    sharded = jax.jit(jax.shard_map(local, mesh=on, **specs))
-    assert_close(sharded(parameters, spread(ids, P("data"), on)), expected)
+    check_inside_shard_map(on, make, selection)

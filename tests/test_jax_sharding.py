@@ -333,9 +333,9 @@ def test_the_selected_sequences_are_spread_over_the_devices_if_asked():
     assert operations(NamedSharding(on, P("data"))) < operations(None) / 2
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_model_inside_shard_map(selection):
-    graphdef, parameters, rest = nnx.split(make_model(selection), nnx.Param, ...)
+def check_inside_shard_map(on, make, selection):
+    """Every device selects of its own: the mean is that of one device, part by part."""
+    graphdef, parameters, rest = nnx.split(make(selection), nnx.Param, ...)
     ids = token_batch(batch=32)  # nothing ignored: every shard weighs the same
 
     def loss(parameters, ids, rank):
@@ -349,10 +349,15 @@ def test_a_model_inside_shard_map(selection):
         return jax.value_and_grad(mean)(parameters)
 
     single = jax.jit(jax.value_and_grad(loss))
-    parts = [single(parameters, ids[4 * rank : 4 * rank + 4], rank) for rank in range(8)]
-    expected = jax.tree.map(lambda *shards: sum(shards) / 8, *parts)
-    sharded = jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))
-    assert_close(sharded(parameters, ids), expected)
+    parts = [single(parameters, part, rank) for rank, part in enumerate(np.split(ids, on.size))]
+    expected = jax.tree.map(lambda *shards: sum(shards) / on.size, *parts)
+    sharded = jax.jit(jax.shard_map(local, mesh=on, in_specs=(P(), P("data")), out_specs=P()))
+    assert_close(sharded(parameters, spread(ids, P("data"), on)), expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_model_inside_shard_map(selection):
+    check_inside_shard_map(mesh(), make_model, selection)
 
 
 def test_two_processes_train_as_one():
