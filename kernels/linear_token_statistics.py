@@ -113,6 +113,8 @@ def linear_sums_kernel(
     target_M = tl.zeros((M,), tl.int32)
     if HAS_TARGET:
         target_M = tl.load(target_ptr + read_M).to(tl.int32)
+        # A label among the classes of another part must not be found beyond the last of these.
+        target_M = tl.where(target_M < V, target_M, -1)
     top_M = tl.full((M,), FLOOR, tl.float32)
     second_M = top_M
     rest_M = tl.zeros((M,), tl.float32)

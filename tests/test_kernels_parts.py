@@ -81,7 +81,8 @@ def test_a_linear_head(way, head, with_targets):
     weight[650] = weight[20]
     bias = torch.zeros(n_classes, dtype=HALF)
     bias[300:600] = -torch.inf  # a part that cannot be
-    targets = torch.from_numpy(rng.integers(0, 300, n_rows))
+    # Those of the last part lie within the tiles of the one before, beyond its classes.
+    targets = torch.from_numpy(rng.choice(np.r_[0:300, 600:700], n_rows))
     targets[3] = IGNORED
     tensors = [x.to(kernels_on.DEVICE) for x in (hidden, weight, bias, targets)]
     on_device, target_N = tensors[:3], tensors[3] if with_targets else None

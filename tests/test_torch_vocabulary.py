@@ -21,7 +21,12 @@ CASES = [
 
 # Four, but on a machine with two or three GPUs, where two can have one each.
 N_PROCESSES = 2 if torch.cuda.device_count() in (2, 3) else 4
-ON_CPU = {"TRITON_INTERPRET": "1"} if torch.cuda.device_count() < 2 else {}
+# NumPy warns of what the kernels compute and then leave out.
+INTERPRETED = {
+    "TRITON_INTERPRET": "1",
+    "PYTHONWARNINGS": "ignore::RuntimeWarning:triton.runtime.interpreter",
+}
+ON_CPU = INTERPRETED if torch.cuda.device_count() < 2 else {}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,8 @@ def by_kernels():
 
 
 def check(row):
-    tolerance = 1e-2 if row["case"] == "low precision" else 1e-5  # an ulp of bfloat16 is 4e-3
+    # An ulp of bfloat16 is 4e-3, of float16 5e-4.
+    tolerance = {"low precision": 1e-2, "half precision": 1e-3}.get(row["case"], 1e-5)
     assert row["loss"] == pytest.approx(row["expected"], rel=1e-5)
     assert row["expected"] > 0.5 or row["case"] == "nothing"
     wrong = {name: error for name, error in row["errors"].items() if not error < tolerance}
@@ -60,7 +66,8 @@ def test_whole_sequences_of_a_model_that_transformers_has_spread(found):
 
 
 def test_the_kernels_loss_and_gradients_are_those_of_one_process(by_kernels):
-    assert len(by_kernels["rows"]) == 2 * len(vocabulary_worker.OF_KERNELS) - 1
+    cases = [case for way, case in CASES if way in vocabulary_worker.KINDS]
+    assert len(by_kernels["rows"]) == sum(case in vocabulary_worker.OF_KERNELS for case in cases)
     for row in by_kernels["rows"]:
         check(row)
     assert max(by_kernels["statistics"]) < 1e-5

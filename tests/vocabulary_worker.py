@@ -53,6 +53,7 @@ PARALLEL = {
     "items": {"items": 7},
     "compiled": {"capacity": "static", "compiled": True},
     "low precision": {"dtype": "bfloat16"},
+    "half precision": {"dtype": "float16"},
 }
 # Of a batch for each process.
 SHARDED = {
@@ -65,7 +66,7 @@ SHARDED = {
 KINDS = ("linear", "logits")
 OF_A_HEAD = {"logit_scale", "dtype"}
 QUICK = os.environ.get("CGGR_IMPLEMENTATION") == "triton"  # in the interpreter
-OF_KERNELS = ("importance", "capped", "biased", "a class ignored")
+OF_KERNELS = ("importance", "capped", "biased", "a class ignored", "half precision")
 
 
 def problem(case, device, batches=1):
