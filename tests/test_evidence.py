@@ -118,14 +118,15 @@ def test_every_wheel_is_pinned_with_its_licence():
             assert licence
 
 
-def test_drawn_rows_are_unbiased_and_as_many_as_asked_for(sampled):
+@pytest.mark.parametrize(("by_norm", "bound"), [(True, 0.05), (False, 0.1)])
+def test_drawn_rows_are_unbiased_and_as_many_as_asked_for(sampled, by_norm, bound):
     torch.manual_seed(0)
     x = torch.zeros(1, 40, 3, requires_grad=True)
     grad = torch.randn(1, 40, 3) * torch.rand(1, 40, 1) ** 3
     total, rounds = torch.zeros_like(grad), 4000
     for _ in range(rounds):
-        (found,) = torch.autograd.grad(sampled._DrawnRows.apply(x, 0.25), x, grad)
+        (found,) = torch.autograd.grad(sampled._DrawnRows.apply(x, 0.25, by_norm), x, grad)
         assert int((found != 0).any(-1).sum()) == 10
         total += found
     error = (total / rounds - grad).norm(dim=-1).max() / grad.norm(dim=-1).max()
-    assert error < 0.05  # 0.02 with this seed; without weights 0.21
+    assert error < bound  # by norm 0.02 with this seed, 0.05 uniformly; without weights 0.21
