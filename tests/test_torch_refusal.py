@@ -98,7 +98,9 @@ def test_refusals(kind, caplog):
     make, reason = REFUSALS[kind]
     model = make()
     assert refusal(model).startswith(reason)
-    with pytest.raises(ValueError, match=f"^split='token' cannot be had, 'sequence' can: {reason}"):
+    with pytest.raises(
+        ValueError, match=f"^split='token' or 'backward' cannot be had, 'sequence' can: {reason}"
+    ):
         CGGRModel(model)
     with caplog.at_level(logging.INFO, logger="cggr.torch.model"):
         assert RoutedModel(model).split == "sequence"
@@ -144,29 +146,30 @@ def test_an_attention_changed_later_is_refused_at_the_step():
             {"attention_mask": torch.ones(2, 3, 8)},
             (
                 "attention_mask must have shape (B, S), or four dimensions (B or 1, H or 1, S, S) "
-                "with split='token', where the labels make B = 2 and S = 8, got (2, 3, 8)."
+                "with split='token' or 'backward', where the labels make B = 2 and S = 8, "
+                "got (2, 3, 8)."
             ),
         ),
         (
             {"position_ids": torch.zeros(3, 2, 8, dtype=torch.long)},
             (
-                "position_ids must have shape (B, S) or (1, S) with split='token', where the "
-                "labels make B = 2 and S = 8, got (3, 2, 8)."
+                "position_ids must have shape (B, S) or (1, S) with split='token' or 'backward', "
+                "where the labels make B = 2 and S = 8, got (3, 2, 8)."
             ),
         ),
         (
             {"pixel_values": torch.zeros(2, 5)},
             (
-                "split='token' cannot tell which part of pixel_values (2, 5) belongs to a "
-                "position: it takes input_ids, inputs_embeds, attention_mask, position_ids, "
+                "split='token' or 'backward' cannot tell which part of pixel_values (2, 5) belongs "
+                "to a position: it takes input_ids, inputs_embeds, attention_mask, position_ids, "
                 "token_type_ids; split='sequence' takes it."
             ),
         ),
         (
             {"attention_mask": {"full_attention": torch.ones(2, 1, 8, 8)}},
             (
-                "attention_mask must be a tensor with split='token', got dict; split='sequence' "
-                "takes it."
+                "attention_mask must be a tensor with split='token' or 'backward', got dict; "
+                "split='sequence' takes it."
             ),
         ),
         (
@@ -205,7 +208,7 @@ def test_what_peft_does_itself_is_refused():
             CGGRModel(model)
     wrapped = CGGRModel(lora(models.build("llama"), target_modules=["q_proj"]), **OFF)
     ids = models.token_ids(2, 8)
-    with pytest.raises(ValueError, match=r"^adapter_names cannot be given with split='token'"):
+    with pytest.raises(ValueError, match=r"^adapter_names cannot be given with split="):
         wrapped(ids, labels=ids, adapter_names=["default", "default"])
 
 
@@ -228,9 +231,12 @@ def test_every_adapter_that_is_taken_exists():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"past_key_values": object()}, "past_key_values cannot be given with split='token'"),
-        ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split='token'"),
-        ({"is_causal": False}, "is_causal cannot be given with split='token'"),
+        (
+            {"past_key_values": object()},
+            "past_key_values cannot be given with split=",
+        ),
+        ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split="),
+        ({"is_causal": False}, "is_causal cannot be given with split="),
     ],
     ids=["cache", "logits", "is_causal"],
 )

@@ -34,11 +34,14 @@ from cggr.torch.router import (
 )
 from cggr.torch.routing import process_rank
 from cggr.torch.row_inputs import complaint
+from cggr.torch.row_linear import BackwardRows
 from cggr.torch.scorer import CGGRScorer
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
 from cggr.torch.token_split import TokenSplit, compiler_of, runs_as_parts
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("token", "backward", "sequence")
 
 
 class CGGRModel(nn.Module):
@@ -52,6 +55,13 @@ class CGGRModel(nn.Module):
     models: :mod:`cggr.torch.token_split`. With a router of the model's own first layers, the first
     pass scores after those, and keeps of the others what the second would compute again: the
     products of the selected tokens are made once. So it does for ``selection="random"``.
+
+    ``split="backward"``: one forward pass of everything, by whose loss, or a router's, tokens are
+    selected; the backward pass begins at those, and its linear layers, but for those of keys and
+    values, multiply their rows only. What selected tokens send to the keys and values of others
+    goes on to the layers below along those tokens' residual streams, and not through their own
+    layers. A gradient closer to the dense one than the token split's, whose forward pass runs
+    twice; for the memory of a dense step. For the same models, if their layers are ``nn.Linear``.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
@@ -75,7 +85,8 @@ class CGGRModel(nn.Module):
             forward. In the token split, a router of the model's own layers costs nothing.
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords. The
             scope is ``"sequence"`` with the token split, whatever a config says.
-        split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
+        split: ``"token"``, ``"backward"``, ``"sequence"``, or ``"auto"``: token where the model
+            supports it, else sequence.
         capacity: ``"exact"`` or ``"static"``; see :class:`~cggr.torch.routing.RoutedModule`.
         first_pass: Of the token split: ``"exact"``, or ``"float8"``, in which the model's layers of
             class ``nn.Linear``, of sizes that 16 divides, multiply float8 numbers, rounded to 3
@@ -113,8 +124,9 @@ class CGGRModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if split not in ("auto", "sequence", "token"):
-            raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
+        if split not in ("auto", *SPLITS):
+            known = ", ".join(map(repr, ("auto", *SPLITS)))
+            raise ValueError(f"split must be one of {known}, got {split!r}.")
         if split == "token" and options.get("scope") == "batch":
             raise ValueError(
                 "scope must be 'sequence' with split='token', which gives every sequence as many "
@@ -126,7 +138,7 @@ class CGGRModel(nn.Module):
         if first_pass not in ("exact", "float8"):
             raise ValueError(f"first_pass must be 'exact' or 'float8', got {first_pass!r}.")
         if first_pass == "float8" and split != "token":
-            raise ValueError("first_pass must be 'exact' with split='sequence', got 'float8'.")
+            raise ValueError(f"first_pass must be 'exact' with split={split!r}, got 'float8'.")
         self.first_pass = first_pass
         self.model = model
         self._token_split: TokenSplit | None = None
@@ -151,7 +163,7 @@ class CGGRModel(nn.Module):
         config = self.scorer.config
         if split == "token":
             self._rule = dataclasses.replace(config, scope="sequence")
-        elif config.selection == "sequence_aware":
+        elif split == "sequence" and config.selection == "sequence_aware":
             # Sequences are kept whole, so there is no floor of tokens in each of them.
             self._rule = dataclasses.replace(config, selection="topk")
         else:
@@ -178,6 +190,8 @@ class CGGRModel(nn.Module):
     def _prepare(self, split: TokenSplit) -> None:
         if depth := self._scoring_depth(split):
             split.cut(depth)
+        if self.split == "backward":
+            split.check_backward()
 
     def step(self) -> None:
         """Advance the schedule; call it after every ``optimizer.step()``."""
@@ -255,13 +269,13 @@ class CGGRModel(nn.Module):
         )
         eligible = targets != self.config.ignore_index
         split = self._current_split(model_inputs, targets.shape)
-        if self.split == "token":
+        if self.split != "sequence":
             assert split is not None
-            total, rows = (
-                self._token_sum(split, model_inputs, targets, eligible, reference_nll)
-                if self.training
-                else self._every_token_sum(split, model_inputs, targets)
-            )
+            if not self.training:
+                total, rows = self._every_token_sum(split, model_inputs, targets)
+            else:
+                select = self._token_sum if self.split == "token" else self._backward_sum
+                total, rows = select(split, model_inputs, targets, eligible, reference_nll)
         elif not self.training:
             total, rows = self._sequence_sum(split, model_inputs, targets, None)
         else:
@@ -298,9 +312,11 @@ class CGGRModel(nn.Module):
         split = self._token_split
         if split is None:
             return None
-        if self.split == "token":
+        if self.split != "sequence":
             if not torch.compiler.is_compiling():
                 split.follow()
+                if self.split == "backward":
+                    split.check_backward()
             return split
         fits = split.model is self.model and complaint(model_inputs, shape) is None
         return split if fits else None
@@ -311,6 +327,8 @@ class CGGRModel(nn.Module):
 
     def _scoring_depth(self, split: TokenSplit) -> int | None:
         """After how many of the model's layers everything is scored; None after all."""
+        if self.split == "backward":  # which runs all of them anyway
+            return None
         if self._needs_no_score:
             return 0
         router = self.scorer.router
@@ -404,6 +422,59 @@ class CGGRModel(nn.Module):
             if depth is not None:
                 split.finish(recorded, depth, index_BC)
             hidden = split.rows(recorded, index_BC, selection.indices == targets.shape[1])
+            total = split.loss_sum(hidden, rows, config.ignore_index)
+        scorer.record(ratio=ratio, tokens_selected=rows.n_selected, eligible=eligible, **scored)
+        return total, rows
+
+    def _backward_sum(
+        self,
+        split: TokenSplit,
+        model_inputs: dict[str, Any],
+        targets: Tensor,
+        eligible: Tensor,
+        reference_nll: Tensor | None,
+    ) -> tuple[Tensor, SelectedRows]:
+        """``Σ w nll`` over the tokens to train on, of a forward pass of all."""
+        scorer, config, (batch, length) = self.scorer, self.config, targets.shape
+        chosen, capacity = None, scorer.most_slots(batch, length)
+        if not scorer.selects_all:
+            groups = 1 if config.scope == "batch" else batch
+            chosen = BackwardRows.of_size(groups * capacity, batch * length, targets.device)
+        hidden = split.hidden(
+            model_inputs,
+            targets.shape,
+            synchronise=self._synchronises,
+            backward_rows=chosen,
+        )
+        targets = self._checked(split, targets)
+        ran = hidden if self._scores_itself else None
+        difficulty, scored = self._score(targets, reference_nll, model_inputs, ran)
+        scorer.follow(targets.device)
+        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
+        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        if chosen is None:
+            total, rows = self._sum_of_all(split, hidden, targets)
+        else:
+            with torch.no_grad():
+                selection = select_at_ratio(
+                    difficulty,
+                    config,
+                    ratio,
+                    draw=draw,
+                    rank=process_rank(tensor_parallel_group(self.model)),
+                    eligible=eligible,
+                    capacity=capacity,
+                    xp=xp,
+                )
+                chosen.choose(selection.mask.flatten())
+            rows = selected_rows(
+                selection,
+                targets,
+                split.router.n_classes,
+                config.ignore_index,
+                weighted=config.selection == "importance",
+                padded=True,
+            )
             total = split.loss_sum(hidden, rows, config.ignore_index)
         scorer.record(ratio=ratio, tokens_selected=rows.n_selected, eligible=eligible, **scored)
         return total, rows

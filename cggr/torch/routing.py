@@ -109,6 +109,10 @@ class RoutedModule(nn.Module):
         """Capacity for a selection over this shape; None if it is to be exact."""
         if self.capacity == "exact":
             return None
+        return self.most_slots(batch, length, config)
+
+    def most_slots(self, batch: int, length: int, config: RoutingConfig | None = None) -> int:
+        """The static capacity for a selection over this shape."""
         return (config or self.config).capacity_at(self._capacity_ratio, batch, length)
 
     def next_draw(self) -> Tensor:

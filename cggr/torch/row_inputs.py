@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SPLITS = "split='token' or 'backward'"
 _SHAPES = {
     "input_ids": "(B, S)",
     "inputs_embeds": "(B, S, D)",
@@ -41,21 +42,21 @@ def complaint(model_inputs: dict[str, Any], shape: torch.Size) -> str | None:
     given = _given(model_inputs)
     for name in ("past_key_values", "logits_to_keep", "adapter_names", "is_causal"):
         if name in given:
-            return f"{name} cannot be given with split='token'; split='sequence' takes it."
+            return f"{name} cannot be given with {_SPLITS}; split='sequence' takes it."
     if not given.keys() & {"input_ids", "inputs_embeds"}:
         return "input_ids or inputs_embeds must be given, got neither."
     inputs = {name: given.pop(name) for name in _SHAPES if name in given}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.dim():
             return (
-                f"split='token' cannot tell which part of {name} {tuple(value.shape)} belongs to a "
+                f"{_SPLITS} cannot tell which part of {name} {tuple(value.shape)} belongs to a "
                 f"position: it takes {', '.join(_SHAPES)}; split='sequence' takes it."
             )
     batch, length = shape
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             return (
-                f"{name} must be a tensor with split='token', got {type(value).__name__}; "
+                f"{name} must be a tensor with {_SPLITS}, got {type(value).__name__}; "
                 f"split='sequence' takes it."
             )
         n_dims = 3 if name == "inputs_embeds" else 2
@@ -67,7 +68,7 @@ def complaint(model_inputs: dict[str, Any], shape: torch.Size) -> str | None:
             fits = value.dim() == n_dims and value.shape[:2] == shape
         if not fits:
             return (
-                f"{name} must have shape {_SHAPES[name]} with split='token', where the labels make "
+                f"{name} must have shape {_SHAPES[name]} with {_SPLITS}, where the labels make "
                 f"B = {batch} and S = {length}, got {tuple(value.shape)}."
             )
     mask = inputs.get("attention_mask")

@@ -1,46 +1,95 @@
-"""Linear layers whose products are made once for two passes, or in float8 in the first.
+"""Linear layers for some of the tokens.
 
-Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``D`` inputs, ``F`` outputs.
+Their products are made once for two passes, or in float8 in the first; or they are made of all
+tokens, and the backward pass is of some.
+
+Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``N = B S`` tokens in all, of
+which ``R`` rows are; ``D`` inputs, ``F`` outputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cggr.torch.functional import in_autocast_dtype
+from cggr.torch.selected import differentiable_once
 
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = torch.finfo(_FLOAT8).max
 _FLOAT8_MULTIPLE = 16  # of the sizes that the products take
 
 
-class RowLinear(nn.Linear):
-    """Keeps its outputs at some positions in one pass, and gives them out in the next.
+class BackwardRows(NamedTuple):
+    """Which rows the backward pass is of, known only when the forward pass has ended.
 
-    The next pass computes the selected positions with gradient: the product is there already, and
-    its backward pass is the usual one. It shares the parameters of a linear layer, whose place it
-    takes in a :class:`~cggr.torch.twin.Twin`.
+    A forward pass is given this memory, and :meth:`choose` writes it before the backward pass.
+
+    Attributes:
+        row_R: int64, the rows of N; 0 in unused slots.
+        used_R1: bool, False in unused slots.
+        slot_N: int64, where a row is among the R; R for all others.
+    """
+
+    row_R: Tensor
+    used_R1: Tensor
+    slot_N: Tensor
+
+    @classmethod
+    def of_size(cls, n_slots: int, n_rows: int, device: torch.device) -> BackwardRows:
+        """R slots for some of N rows."""
+        return cls(
+            torch.zeros(n_slots, dtype=torch.int64, device=device),
+            torch.zeros(n_slots, 1, dtype=torch.bool, device=device),
+            torch.full((n_rows,), n_slots, dtype=torch.int64, device=device),
+        )
+
+    def choose(self, mask_N: Tensor) -> None:
+        """The rows where the mask is True, at most R of them, in ascending order."""
+        n_slots, n_rows = self.row_R.shape[0], mask_N.shape[0]
+        count_N = mask_N.cumsum(dim=0)
+        slot_N = torch.where(mask_N, count_N - 1, n_slots)
+        place_N = torch.arange(n_rows, device=mask_N.device)
+        row_R = place_N.new_zeros(n_slots + 1).scatter(0, slot_N, place_N)[:n_slots]
+        used_R = torch.arange(n_slots, device=mask_N.device) < count_N[-1]
+        # By way of `data`, which leaves the versions alone: to write what a backward pass is to
+        # read is what this is for.
+        self.row_R.data.copy_(torch.where(used_R, row_R, 0))
+        self.used_R1.data.copy_(used_R[:, None])
+        self.slot_N.data.copy_(slot_N)
+
+
+class RowLinear(nn.Linear):
+    """Does for some positions what a linear layer does for all.
+
+    *Two passes*: it keeps its outputs at some positions in one pass, and gives them out in the
+    next, which computes the selected positions with gradient: the product is there already, and
+    its backward pass is the usual one. *One pass*: its backward pass is of some rows.
+
+    It shares the parameters of a linear layer, whose place it takes in a
+    :class:`~cggr.torch.twin.Twin`.
 
     Attributes:
         index_BC: Positions to keep outputs of; None outside of the first pass.
         length: S of the first pass.
         kept: Outputs ``(B, C, F)`` in the order of the calls; None of what has no positions.
         in_float8: Whether it multiplies by :func:`float8_product`.
+        backward_rows: What the backward pass is of; None for all.
     """
 
     index_BC: Tensor | None
     length: int
     kept: tuple[Tensor | None, ...]
     in_float8: bool
+    backward_rows: BackwardRows | None
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""
         # Faster than one by one.
-        vars(self).update(index_BC=None, length=0, kept=(), in_float8=False)
+        vars(self).update(index_BC=None, length=0, kept=(), in_float8=False, backward_rows=None)
 
     def fits_float8(self) -> bool:
         """Whether its sizes are such that it can multiply in float8."""
@@ -50,6 +99,10 @@ class RowLinear(nn.Linear):
         """``input weight^T + bias``: ``(B, S, D)`` to ``(B, S, F)``, or ``C`` in place of ``S``."""
         if self.in_float8:
             return float8_product(*in_autocast_dtype(input, self.weight, self.bias))
+        rows = self.backward_rows
+        # Others are not of the batch's rows, such as those that were sent to an expert.
+        if rows is not None and input.shape[:-1].numel() == rows.slot_N.shape[0]:
+            return selected_backward(*in_autocast_dtype(input, self.weight, self.bias), rows)
         if self.index_BC is None and self.kept:
             output_BCF, *others = self.kept
             self.kept = tuple(others)
@@ -131,3 +184,63 @@ class _KnownProduct(torch.autograd.Function):
             gradient_RF.sum(dim=0) if ctx.needs_input_grad[2] else None,
             None,
         )
+
+
+def selected_backward(
+    x_BSD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, rows: BackwardRows
+) -> Tensor:
+    """``x weight^T + bias`` of all rows; gradients take the chosen rows of the output's alone."""
+    output: Tensor = _SelectedBackward.apply(x_BSD, weight_FD, bias_F, *rows)
+    return output
+
+
+# The rows are to be taken when they have been chosen, in the backward pass. Of an operation that
+# compilers know they would find that it can be done in the forward pass already.
+@torch.library.custom_op(
+    "cggr::rows_of", mutates_args=(), schema="(Tensor x, Tensor row, Tensor gradient) -> Tensor"
+)
+def _rows_of(x: Tensor, row: Tensor, gradient: Tensor) -> Tensor:
+    return x.index_select(0, row)
+
+
+@_rows_of.register_fake
+def _(x: Tensor, row: Tensor, gradient: Tensor) -> Tensor:
+    return x.new_empty(row.shape[0], x.shape[1])
+
+
+class _SelectedBackward(torch.autograd.Function):
+    """``x weight^T + bias``, with gradients of some rows.
+
+    In the backward pass everything that is read of the rows is read together with a gradient, so
+    that no compiler does it before they are chosen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSD: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor | None,
+        row_R: Tensor,
+        used_R1: Tensor,
+        slot_N: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x_BSD, weight_FD, row_R, used_R1, slot_N)
+        return F.linear(x_BSD, weight_FD, bias_F)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient_BSF: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, weight_FD, row_R, used_R1, slot_N = ctx.saved_tensors
+        gradient_RF = gradient_BSF.flatten(0, -2).index_select(0, row_R)
+        gradient_RF = torch.where(used_R1, gradient_RF, 0)
+        d_x, d_weight, d_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            d_x_RD = gradient_RF @ weight_FD
+            # The rows that are not chosen take the zeros behind the last slot.
+            d_x = F.pad(d_x_RD, (0, 0, 0, 1)).index_select(0, slot_N).view(x_BSD.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = gradient_RF.T @ _rows_of(x_BSD.flatten(0, -2), row_R, gradient_RF)
+        if ctx.needs_input_grad[2]:
+            d_bias = gradient_RF.sum(dim=0)
+        return d_x, d_weight, d_bias, None, None, None

@@ -11,6 +11,7 @@ Shapes: ``B`` sequences of ``S`` tokens; ``C`` slots in each; ``D`` hidden size,
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -25,12 +26,14 @@ from cggr.torch.refusal import is_flash, refusal
 from cggr.torch.rotary import keep_angles
 from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
-from cggr.torch.row_linear import RowLinear
+from cggr.torch.row_linear import BackwardRows, RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
 from cggr.torch.selected import SelectedRows
 from cggr.torch.twin import Twin
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
+# Linear layers of attention that have no part in the keys and values, which all tokens read.
+_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "dense"}
 # Where layers of transformers and peft keep a probability, or one for each adapter.
 _DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
 
@@ -114,6 +117,7 @@ class TokenSplit:
             self._root = self._twin.root
             keep_angles(self._root)
             self._modules = list(self._root.modules())  # to walk the tree takes long
+            vars(self).pop("linears_of_rows", None)
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -155,6 +159,26 @@ class TokenSplit:
         if self.float8:
             self._check_float8()
         self.refresh()
+
+    def check_backward(self) -> None:
+        """Refuses a model whose backward pass cannot be of some rows.
+
+        Raises:
+            ValueError: It is under gradient checkpointing, or none of its layers is ``nn.Linear``.
+        """
+        name = type(self._source).__name__
+        if not self.linears_of_rows:
+            raise ValueError(
+                f"split='backward' needs layers of class nn.Linear, of which {name} has none: "
+                f"split='token' can be had."
+            )
+        if self._checkpointed(self._twin.root) or any(
+            type(module).__name__ == "CheckpointWrapper" for module in self._modules
+        ):
+            raise ValueError(
+                f"split='backward' keeps what a dense step keeps, and {name} is under gradient "
+                f"checkpointing: disable it, or use split='token', which needs less memory."
+            )
 
     def cut(self, depth: int) -> Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""
@@ -250,15 +274,53 @@ class TokenSplit:
             return self._base(inputs, self._twin.root)
 
     def hidden(
-        self, model_inputs: dict[str, Any], shape: torch.Size, *, synchronise: bool
+        self,
+        model_inputs: dict[str, Any],
+        shape: torch.Size,
+        *,
+        synchronise: bool,
+        backward_rows: BackwardRows | None = None,
     ) -> Tensor:
         """Final hidden states ``(B, S, D)`` of a dense forward, with gradient.
 
-        The arguments are those of :meth:`record`.
+        Args:
+            model_inputs: As of :meth:`record`.
+            shape: Likewise.
+            synchronise: Likewise.
+            backward_rows: What the backward pass of :meth:`linears_of_rows` is of; it has to be
+                chosen before. None for everything.
         """
         dense = self._dense(model_inputs, shape, synchronise=synchronise)
-        with self._second_pass():
-            return self._base(dense, self._twin.root)
+        linears = [] if backward_rows is None else self.linears_of_rows
+        for linear in linears:
+            linear.backward_rows = backward_rows
+        try:
+            with self._second_pass():
+                return self._base(dense, self._twin.root)
+        finally:
+            for linear in linears:
+                linear.backward_rows = None
+
+    @functools.cached_property
+    def linears_of_rows(self) -> list[RowLinear]:
+        """Linear layers through which a token's gradient comes from that token's output alone.
+
+        All but those of keys and values, or of what is made together with them.
+        """
+        found = []
+        for layer in self._layers:
+            attention = [
+                name
+                for name, module in layer.named_modules()
+                if "Attention" in type(module).__name__
+            ]
+            for name, module in layer.named_modules():
+                if isinstance(module, RowLinear) and (
+                    not any(name.startswith(f"{part}.") for part in attention)
+                    or _OF_QUERIES & set(name.split("."))
+                ):
+                    found.append(module)
+        return found
 
     def judged(
         self,
@@ -326,7 +388,7 @@ class TokenSplit:
 
     def _check(self) -> None:
         if (reason := refusal(self.model)) is not None:
-            raise ValueError(f"split='token' cannot be had, 'sequence' can: {reason}")
+            raise ValueError(f"split='token' or 'backward' cannot be had, 'sequence' can: {reason}")
         if self.float8 and not hasattr(nn.functional, "scaled_mm"):
             raise ValueError(f"first_pass='float8' needs PyTorch 2.10, got {torch.__version__}.")
 

@@ -1,0 +1,379 @@
+"""split="backward": one forward pass, and a backward pass of the selected tokens' rows."""
+
+import functools
+import re
+
+import models
+import pytest
+import token_steps
+import torch
+from token_steps import (
+    CASES,
+    OFF,
+    assert_same_gradients,
+    build,
+    enable_checkpointing,
+    gradients,
+    lora,
+    of_peft,
+    shifted,
+    token_losses,
+)
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cggr.torch.model
+from cggr.torch import CGGRModel as RoutedModel
+from cggr.torch import create_truncated_router
+from cggr.torch.row_linear import BackwardRows, selected_backward
+
+CGGRModel = functools.partial(RoutedModel, split="backward")
+# What a layer adds to the residual stream, before any norm of it.
+ADDED = re.compile(
+    r"(self_attn\.o_proj|mlp\.down_proj|attn\.out_proj|mlp\.fc_out|self_attention\.dense"
+    r"|mlp\.dense_4h_to_h|attention\.dense|attention\.output\.dense|\d\.output\.dense)$"
+)
+# Their linear layers are of other classes.
+CASES = [(name, attention) for name, attention in CASES if name not in ("gpt2", "falcon")]
+
+
+def compiling(test):
+    """Of torch's own deprecations; and Dynamo does not run under the guard against float64."""
+    for message in (
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+        "ignore:.*Function'> should not be instantiated:DeprecationWarning",
+    ):
+        test = pytest.mark.filterwarnings(message)(test)
+    return pytest.mark.float64(test)
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Those of the steps."""
+    found = []
+    select = cggr.torch.model.select_at_ratio
+
+    def listening(*args, **kwargs):
+        found.append(select(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(cggr.torch.model, "select_at_ratio", listening)
+    return found
+
+
+def weights_of(selection, config, n_eligible):
+    """Weight of every token in the loss ``(B, S)``."""
+    mask = selection.mask
+    if config.selection != "importance":
+        return mask / mask.sum().clamp(min=1)
+    n_slots = mask.numel() if config.scope == "batch" else mask.shape[1]
+    rows = 1 if config.scope == "batch" else mask.shape[0]
+    weight = torch.zeros(rows, n_slots + 1, dtype=selection.weights.dtype)
+    index = selection.indices.long().reshape(rows, -1)
+    weight.scatter_(1, index, selection.weights.reshape(rows, -1))
+    return weight[:, :-1].reshape(mask.shape) / n_eligible
+
+
+def reference(model, mask, weight, targets, **inputs):
+    """Loss and gradients of a dense forward in which unselected tokens' additions are constants."""
+    mask_BS1 = mask[..., None]
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, x: torch.where(mask_BS1, x, x.detach()), always_call=True
+        )
+        for name, module in model.named_modules()
+        if ADDED.search(name)
+    ]
+    assert len(hooks) == 2 * models.LAYERS
+    model.zero_grad()
+    try:
+        nll = token_losses(model, targets, **inputs)
+        loss = (torch.where(mask, weight, 0) * nll).sum()
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = gradients(model)
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def check_step(wrapped, model, name, selections, labels, tolerance=1e-5, **inputs):
+    """A training step against the reference; returns the selection."""
+    selections.clear()
+    model.zero_grad()
+    loss = wrapped(labels=labels, **inputs)
+    loss.backward()
+    actual = gradients(model)
+    (selection,) = selections
+    targets = shifted(name, labels, inputs.get("attention_mask"))
+    weight = weights_of(selection, wrapped.config, (targets != -100).sum().clamp(min=1))
+    expected_loss, expected = reference(model, selection.mask, weight, targets, **inputs)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
+    assert_same_gradients(actual, expected, tolerance)
+    return selection
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_loss_and_gradients_of_a_step(name, attention, selections):
+    model = build(name, attention)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 12)
+    for _ in range(2):
+        selection = check_step(
+            wrapped, model, name, selections, models.labels_for(name, ids), input_ids=ids
+        )
+        assert 0 < selection.mask.sum() < selection.mask.numel() / 2
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize(
+    "selection", ["topk", "stratified", "importance", "random", "sequence_aware"]
+)
+def test_every_selection(selection, scope, capacity, selections):
+    if selection == "sequence_aware" and scope == "sequence":
+        scope = "batch"  # which its floor is for
+    model = models.build("llama")
+    wrapped = CGGRModel(
+        model,
+        selection=selection,
+        scope=scope,
+        capacity=capacity,
+        min_tokens_ratio=0.3,
+        warmup_steps=8,
+        dynamic_threshold=True,
+    )
+    wrapped.set_step(5)  # where there are more slots than are used
+    ids, mask = models.token_ids(4, 11), torch.ones(4, 11, dtype=torch.long)
+    mask[0, 6:] = 0
+    mask[2, :] = 0
+    labels = ids.masked_fill(ids == 5, -100)
+    check_step(wrapped, model, "llama", selections, labels, input_ids=ids, attention_mask=mask)
+
+
+def test_nothing_to_learn_from(selections):
+    model = models.build("llama")
+    wrapped = CGGRModel(model, selection="importance", **OFF)
+    ids = models.token_ids(2, 8)
+    loss = wrapped(ids, labels=torch.full_like(ids, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+def test_all_tokens_give_the_dense_gradient():
+    model = models.build("llama")
+    ids = models.token_ids(3, 9)
+    token_losses(model, shifted("llama", ids), input_ids=ids).sum().div(24).backward()
+    expected = gradients(model)
+    for options in ({"min_tokens_ratio": 1.0, **OFF}, {"warmup_steps": 9}):
+        model.zero_grad()
+        loss = CGGRModel(model, selection="stratified", **options)(ids, labels=ids)
+        loss.backward()
+        assert_same_gradients(gradients(model), expected)
+
+
+def test_gradients_are_closer_to_the_dense_ones_than_the_token_splits():
+    model = models.build("llama")
+    ids = models.token_ids(8, 16)
+    mask = torch.rand(8, 16, generator=torch.Generator().manual_seed(1)) < 0.5
+    targets = shifted("llama", ids)
+    nll = token_losses(model, targets, input_ids=ids)
+    (nll * mask).sum().backward()
+    through_all = gradients(model)
+    _, carried = reference(model, mask, mask.float(), targets, input_ids=ids)
+    _, split = token_steps.reference(model, mask, mask.float(), targets, input_ids=ids)
+
+    def distance(found, layer):
+        names = [name for name in found if f"layers.{layer}" in name]
+        return sum((found[name] - through_all[name]).norm() for name in names)
+
+    for layer in range(models.LAYERS - 1):
+        assert distance(carried, layer) < 0.9 * distance(split, layer)
+    # Nothing came to the last layer's output but from the selected tokens.
+    last = models.LAYERS - 1
+    assert distance(carried, last) < 1e-4
+    assert distance(split, last) > 1
+
+
+def test_losses_that_are_added_before_one_backward_pass(selections):
+    model = models.build("llama")
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    batches = [models.token_ids(2, 9, seed=seed) for seed in (1, 2)]
+    sum(wrapped(ids, labels=ids) for ids in batches).backward()
+    together = gradients(model)
+    masks = [selection.mask for selection in selections]
+    assert not torch.equal(*masks)
+    expected = []
+    for ids, selection in zip(batches, list(selections), strict=True):
+        weight = weights_of(selection, wrapped.config, 16)
+        targets = shifted("llama", ids)
+        expected.append(reference(model, selection.mask, weight, targets, input_ids=ids)[1])
+    assert_same_gradients(together, {name: sum(g[name] for g in expected) for name in together})
+
+
+@compiling
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", "inductor"])
+def test_compiled(backend, selections):
+    torch.compiler.reset()
+    model = models.build("llama")
+    inner = torch.compile(model, backend=backend, dynamic=False)
+    wrapped = CGGRModel(
+        inner, selection="importance", min_tokens_ratio=0.3, capacity="static", **OFF
+    )
+    for seed in range(3):  # each has rows of its own
+        ids = models.token_ids(3, 12, seed=seed)
+        check_step(wrapped, model, "llama", selections, ids, input_ids=ids)
+
+
+@compiling
+def test_compiled_as_a_whole(selections):
+    torch.compiler.reset()
+    model = models.build("llama")
+    wrapped = CGGRModel(
+        model, selection="importance", min_tokens_ratio=0.3, capacity="static", **OFF
+    )
+    train = torch.compile(wrapped, fullgraph=True, backend="aot_eager_decomp_partition")
+    eager = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    for seed in range(2):
+        ids = models.token_ids(3, 12, seed=seed)
+        found = []
+        for call in (train, eager):
+            model.zero_grad()
+            call(ids, labels=ids).backward()
+            found.append(gradients(model))
+        assert_same_gradients(*found)
+
+
+def test_its_products_are_of_the_selected_rows():
+    model = models.build("llama", num_key_value_heads=1)
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.25, **OFF)
+    ids = models.token_ids(4, 16)
+    with FlopCounterMode(display=False) as forward:
+        loss = wrapped(ids, labels=ids)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    layers = [
+        m for name, m in model.named_modules() if "layers" in name and isinstance(m, nn.Linear)
+    ]
+    keys = [m for m in layers if m.out_features == 8]  # and values
+    per_row = 2 * sum(m.weight.numel() for m in layers if m not in keys)
+    of_keys = 2 * sum(m.weight.numel() for m in keys)
+
+    def products(counter):
+        of_weights = (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return sum(counter.get_flop_counts()["Global"].get(op, 0) for op in of_weights)
+
+    head = 2 * model.lm_head.weight.numel()  # whose logits are made again to go back from
+    assert products(forward) == 64 * (per_row + of_keys) + 16 * head
+    assert products(backward) == 2 * (16 * per_row + 64 * of_keys) + 3 * 16 * head
+
+
+@of_peft
+def test_adapters(selections):
+    model = lora(models.build("llama"), target_modules=["q_proj", "v_proj", "down_proj"])
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 10)
+    inner = model.base_model.model
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(3))
+    wrapped(ids, labels=ids).backward()
+    actual = gradients(model)
+    weight = weights_of(selections[0], wrapped.config, 27)
+    targets = shifted("llama", ids)
+    _, expected = reference(inner, selections[0].mask, weight, targets, input_ids=ids)
+    assert_same_gradients(actual, {f"base_model.model.{name}": g for name, g in expected.items()})
+
+
+def test_autocast():
+    model = models.build("llama")
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 10)
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        wrapped.scorer.draw_count.zero_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = wrapped(ids, labels=ids)
+        loss.backward()
+        found.append(gradients(model))
+    for exact, rounded in zip(*(each.values() for each in found), strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_router_scores_in_its_place(selections):
+    model = models.build("llama")
+    router = create_truncated_router(model, 1)
+    wrapped = CGGRModel(model, router, selection="topk", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    routed = check_step(wrapped, model, "llama", selections, ids, input_ids=ids)
+    own = CGGRModel(model, selection="topk", min_tokens_ratio=0.3, **OFF)
+    alone = check_step(own, model, "llama", selections, ids, input_ids=ids)
+    assert not torch.equal(routed.mask, alone.mask)
+
+
+def test_evaluation_is_dense():
+    model = models.build("llama")
+    wrapped = CGGRModel(model, selection="importance", **OFF).eval()
+    ids = models.token_ids(3, 9)
+    expected = token_losses(model, shifted("llama", ids), input_ids=ids).sum() / 24
+    assert wrapped(ids, labels=ids).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rows_are_written_in_ascending_order():
+    rows = BackwardRows.of_size(4, 6, torch.device("cpu"))
+    rows.choose(torch.tensor([False, True, False, True, True, False]))
+    assert rows.row_R.tolist() == [1, 3, 4, 0]
+    assert rows.used_R1[:, 0].tolist() == [True, True, True, False]
+    assert rows.slot_N.tolist() == [4, 0, 4, 1, 2, 4]
+
+
+@pytest.mark.float64
+def test_the_gradient_of_a_linear_layer_by_differences():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((2, 3, 4), (5, 4), (5,))
+    )
+    mask = torch.tensor([True, False, True, True, False, False])
+    rows = BackwardRows.of_size(4, 6, torch.device("cpu"))
+    rows.choose(mask)
+    outer = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
+
+    def of_selected(*inputs):
+        return (nn.functional.linear(*inputs) * outer).flatten(0, 1)[mask].sum()
+
+    expected = torch.autograd.grad(of_selected(x, weight, bias), (x, weight, bias))
+    (selected_backward(x, weight, bias, rows) * outer).sum().backward()
+    for found, want in zip((x, weight, bias), expected, strict=True):
+        torch.testing.assert_close(found.grad, want, rtol=1e-12, atol=1e-12)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match=r"needs layers of class nn.Linear, of which GPT2LMHead"):
+        CGGRModel(models.build("gpt2"))
+    with pytest.raises(ValueError, match="'exact' with split='backward', got 'float8'"):
+        CGGRModel(models.build("llama"), first_pass="float8")
+    with pytest.raises(ValueError, match="'token' or 'backward' cannot be had, 'sequence' can"):
+        CGGRModel(nn.Embedding(8, 8))
+    with pytest.raises(ValueError, match="split must be one of 'auto', 'token', 'backward', 'sequ"):
+        CGGRModel(models.build("llama"), split="rows")
+    model = models.build("llama")
+    wrapped = CGGRModel(model, **OFF)
+    enable_checkpointing(model, reentrant=False)
+    ids = models.token_ids(2, 8)
+    with pytest.raises(ValueError, match="keeps what a dense step keeps, and LlamaForCausalLM is"):
+        wrapped(ids, labels=ids)
+
+
+def test_its_gradient_has_none_itself():
+    model = models.build("llama")
+    wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.5, **OFF)
+    ids = models.token_ids(2, 8)
+    loss = wrapped(ids, labels=ids)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
