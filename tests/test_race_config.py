@@ -178,7 +178,10 @@ def test_flags_and_lists_of_a_configuration(book):
         ("lanes = 'dense,sparse'", "unknown lane 'sparse'; known lanes: dense, random, cggr, "),
         ("[lanes]\nmine = 3", "lane mine must be a table of options, got 3"),
         ("[lanes.mine]\nsplits = 'token'", "lane mine: unknown option 'splits'; known: batch_size"),
-        ("[lanes.mine]\nsplit = 'all'", "lane mine: split must be one of dense, token, sequence"),
+        (
+            "[lanes.mine]\nsplit = 'all'",
+            "lane mine: split must be one of dense, token, backward, ",
+        ),
         ("budget = 60", "Invalid value for '--budget': '60' is not an amount of training: "),
         ("eval-every = 1.5", "Invalid value for '--eval-every': '1.5' is not an amount of "),
         (

@@ -191,7 +191,7 @@ def with_lane(table, **options):
         ({"name": "other"}, "lane mine: unknown option 'name'; known: batch_size, "),
         (
             {"split": "tokens"},
-            "lane mine: split must be one of dense, token, sequence, got 'tokens'",
+            "lane mine: split must be one of dense, token, backward, sequence, got 'tokens'",
         ),
         (
             {"split": "dense", "batch-size": 4, "ratio": 0.5},

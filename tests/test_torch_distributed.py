@@ -21,9 +21,7 @@ def found():
     return run_processes(WORKER, 2)
 
 
-@pytest.mark.parametrize("model", distributed_worker.MODELS)
-@pytest.mark.parametrize("split", distributed_worker.SPLITS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("model", "way", "split"), distributed_worker.CASES)
 @pytest.mark.parametrize("labels", ["all", "padded", "empty"])
 def test_gradients_are_those_of_one_process(found, model, way, split, labels):
     case = {"model": model, "way": way, "split": split, "labels": labels}
@@ -43,7 +41,7 @@ def test_a_model_that_was_sharded_by_itself_is_refused(found):
 @pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("split", ["token", "sequence"])
+@pytest.mark.parametrize("split", distributed_worker.TRAINED)
 def test_a_trainers_steps_are_those_of_one_process(found, split, empty, average, fsdp):
     if fsdp and found["device"] == "cpu":
         pytest.skip("fewer GPUs than processes: accelerate's FSDP2 needs them")

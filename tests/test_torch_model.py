@@ -896,7 +896,7 @@ def test_a_masked_model_is_not_shifted_and_shift_labels_overrides():
 
 
 def test_a_split_has_a_name():
-    message = "split must be 'auto', 'sequence' or 'token', got 'row'."
+    message = "split must be one of 'auto', 'token', 'backward', 'sequence', got 'row'."
     with pytest.raises(ValueError, match=exactly(message)):
         CGGRModel(Recorder(), split="row")
 

@@ -16,7 +16,7 @@ SCORINGS = spec_config.SCORINGS
 SELECTIONS = tuple(name for name in spec_config.SELECTIONS if name != "fixed_quota")
 # The backward pass of all tokens, of the tokens that a lane selects, or of whole sequences.
 LANES = ("dense", "random", "cggr", "random-sequences", "cggr-sequences")
-SPLITS = ("dense", "token", "sequence")
+SPLITS = ("dense", "token", "backward", "sequence")
 DEFAULT_LANES = LANES[:3]
 BACKENDS = ("torch", "jax")
 
@@ -87,7 +87,7 @@ class LaneSettings:
 
     Args:
         name: What the report calls it.
-        split: What the backward pass is of: ``dense``, ``token`` or ``sequence``.
+        split: ``dense``, or as of CGGRModel.
         scoring: As of RoutingConfig, like all but the next and the last.
         ratio: Fraction of each batch that is trained on.
         selection: Selection rule.

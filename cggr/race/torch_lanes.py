@@ -76,7 +76,9 @@ class TorchLane:
         return CGGRModel(self.model, router, self.lane.routing(seed), split=self.lane.split)
 
     def _check_split(self) -> None:
-        if self.lane.split == "token" and (reason := refusal(self.model)) is not None:
+        if self.lane.split == "sequence":
+            return
+        if (reason := refusal(self.model)) is not None:
             other = f"{self.name}-sequences" if self.name in LANES else "split = 'sequence'"
             raise RaceError(f"--lanes {self.name}: {reason} {other} can race")
 

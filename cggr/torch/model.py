@@ -35,7 +35,7 @@ from cggr.torch.router import (
 from cggr.torch.routing import process_rank
 from cggr.torch.row_inputs import complaint
 from cggr.torch.row_linear import BackwardRows
-from cggr.torch.scorer import CGGRScorer
+from cggr.torch.scorer import CGGRScorer, Scores
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
 from cggr.torch.token_split import TokenSplit, compiler_of, runs_as_parts
 
@@ -447,13 +447,21 @@ class CGGRModel(nn.Module):
             backward_rows=chosen,
         )
         targets = self._checked(split, targets)
-        ran = hidden if self._scores_itself else None
-        difficulty, scored = self._score(targets, reference_nll, model_inputs, ran)
+        statistics, loss_sum = split.scored_loss(
+            hidden,
+            targets,
+            config.ignore_index,
+            scores=self._scores_itself and not self._needs_no_score,
+        )
+        if statistics is not None:
+            difficulty, scored = _parts(scorer.scores_of(statistics, eligible, reference_nll))
+        else:
+            difficulty, scored = self._score(targets, reference_nll, model_inputs)
         scorer.follow(targets.device)
         draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
         ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
         if chosen is None:
-            total, rows = self._sum_of_all(split, hidden, targets)
+            rows = every_row(targets, split.router.n_classes, config.ignore_index)
         else:
             with torch.no_grad():
                 selection = select_at_ratio(
@@ -475,9 +483,8 @@ class CGGRModel(nn.Module):
                 weighted=config.selection == "importance",
                 padded=True,
             )
-            total = split.loss_sum(hidden, rows, config.ignore_index)
         scorer.record(ratio=ratio, tokens_selected=rows.n_selected, eligible=eligible, **scored)
-        return total, rows
+        return loss_sum(rows), rows
 
     def _select_sequences(
         self,
@@ -553,11 +560,7 @@ class CGGRModel(nn.Module):
             )
         else:
             scores = self.scorer.score(targets, reference_nll=reference_nll, **model_inputs)
-        return scores.difficulty, {
-            "confidence": scores.statistics.confidence,
-            "entropy": scores.statistics.entropy,
-            "difficulty": scores.difficulty,
-        }
+        return _parts(scores)
 
     def _sequence_sum(
         self,
@@ -587,6 +590,15 @@ class CGGRModel(nn.Module):
         logits_NV = logits.reshape(-1, n_classes)
         total = implementation(logits).cross_entropy_sum(logits_NV, rows, ignore_index, None)
         return total, rows
+
+
+def _parts(scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+    """Difficulty of every token, and the ``(B, S)`` scores for the metrics."""
+    return scores.difficulty, {
+        "confidence": scores.statistics.confidence,
+        "entropy": scores.statistics.entropy,
+        "difficulty": scores.difficulty,
+    }
 
 
 def _best_split(model: nn.Module, options: dict[str, Any]) -> str:

@@ -164,7 +164,7 @@ class CGGRScorer(RoutedModule):
         check_logits(logits)
         targets, eligible = self._checked(logits, logits.shape[-1], targets, model_inputs)
         scored = implementation(logits).token_statistics(logits, targets, self.config.ignore_index)
-        return self._scores(scored, eligible, reference_nll)
+        return self.scores_of(scored, eligible, reference_nll)
 
     @torch.no_grad()
     def score_hidden(
@@ -181,7 +181,7 @@ class CGGRScorer(RoutedModule):
         scored = implementation(hidden).chunked_statistics(
             hidden, router.project, n_classes, targets, self.config.ignore_index
         )
-        return self._scores(scored, eligible, reference_nll)
+        return self.scores_of(scored, eligible, reference_nll)
 
     def _checked(
         self, rows: Tensor, n_classes: int, targets: Tensor | None, model_inputs: dict[str, Any]
@@ -206,7 +206,8 @@ class CGGRScorer(RoutedModule):
             return None, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         return None, ~padding
 
-    def _scores(self, scored: Scored, eligible: Tensor, reference_nll: Tensor | None) -> Scores:
+    def scores_of(self, scored: Scored, eligible: Tensor, reference_nll: Tensor | None) -> Scores:
+        """:meth:`score` of statistics that are there already."""
         statistics = scored.statistics
         difficulty = token_difficulty(statistics, self.config.scoring, reference_nll=reference_nll)
         return Scores(torch.where(eligible, difficulty, 0), eligible, statistics)

@@ -28,7 +28,7 @@ from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
 from cggr.torch.row_linear import BackwardRows, RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
-from cggr.torch.selected import SelectedRows
+from cggr.torch.selected import Scored, SelectedRows
 from cggr.torch.twin import Twin
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
@@ -365,10 +365,55 @@ class TokenSplit:
             logits: Tensor = self._project(hidden)
         return logits
 
-    def loss_sum(self, hidden: Tensor, rows: SelectedRows, ignore_index: int) -> Tensor:
+    def scored_loss(
+        self, hidden: Tensor, targets: Tensor, ignore_index: int, *, scores: bool
+    ) -> tuple[Scored | None, Callable[[SelectedRows], Tensor]]:
+        """Statistics of final hidden states ``(B, S, D)``, and :meth:`loss_sum` of rows of them.
+
+        The head is called once, which FSDP2 asks for: it would give up the weights after each call.
+
+        Args:
+            hidden: With gradient.
+            targets: ``(B, S)``.
+            ignore_index: Target that has no loss.
+            scores: Whether there are to be statistics.
+        """
+        hidden_ND, scored = hidden.reshape(-1, hidden.shape[-1]), None
+        head = self._linear_head()
+        if head is None:
+            logits = self.router.project(hidden)
+            logits_NV, operations = logits.reshape(-1, logits.shape[-1]), implementation(logits)
+            if scores:
+                with torch.no_grad():
+                    scored = operations.token_statistics(logits.detach(), targets, ignore_index)
+            return scored, lambda rows: operations.cross_entropy_sum(
+                logits_NV, rows, ignore_index, scored
+            )
+        if scores:
+            given, weight, bias = in_autocast_dtype(hidden.detach(), head.weight, head.bias)
+            scale = head.logit_scale, head.softcap
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                scored = implementation(given).linear_token_statistics(
+                    given, weight, bias, targets, ignore_index, *scale
+                )
+        return scored, lambda rows: self.loss_sum(hidden_ND, rows, ignore_index, scored)
+
+    def loss_sum(
+        self,
+        hidden: Tensor,
+        rows: SelectedRows,
+        ignore_index: int,
+        scored: Scored | None = None,
+    ) -> Tensor:
         """``Σ w nll`` of final hidden states, a row each; without all logits in memory if possible.
 
         Where the head is not linear, the logits of these rows are.
+
+        Args:
+            hidden: ``(B, C, D)``.
+            rows: Of these.
+            ignore_index: Label that has no loss.
+            scored: By :meth:`scored_loss`; None if they are not known.
         """
         hidden_RD = hidden.reshape(-1, hidden.shape[-1])
         head = self._linear_head()
@@ -377,9 +422,10 @@ class TokenSplit:
             operations = implementation(logits_RV)
             return operations.cross_entropy_sum(logits_RV, rows, ignore_index, None)
         hidden_RD, weight, bias = in_autocast_dtype(hidden_RD, head.weight, head.bias)
+        scale = head.logit_scale, head.softcap
         with torch.autocast(hidden.device.type, enabled=False):
             return implementation(hidden_RD).linear_cross_entropy_sum(
-                hidden_RD, weight, bias, rows, ignore_index, head.logit_scale, head.softcap, None
+                hidden_RD, weight, bias, rows, ignore_index, *scale, scored
             )
 
     @property
