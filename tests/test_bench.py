@@ -566,6 +566,7 @@ def test_all_steps_are_of_one_model():
         ("token, ratio 0.25", 1.75),
         ("token, 2 layers score, ratio 0.25", 1.75),
         ("token, ratio 0.1, graph", 1.3),
+        ("backward, ratio 0.25", 1.5),
     ):
         assert of_forward[name] == pytest.approx(expected), name
 

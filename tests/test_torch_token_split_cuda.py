@@ -1,4 +1,4 @@
-"""The token split on a CUDA device: no synchronisation, CUDA graphs, compiled steps."""
+"""The splits by tokens on a CUDA device: no synchronisation, CUDA graphs, compiled steps."""
 
 import contextlib
 
@@ -12,7 +12,18 @@ from cggr.torch import CapturedStep, CGGRModel
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 OFF = {"warmup_steps": 0, "dynamic_threshold": False}
-STATIC = {"split": "token", "selection": "importance", "capacity": "static"}
+STATIC = {"selection": "importance", "capacity": "static"}
+SPLITS = ("token", "backward")
+
+
+def of_splits(*cases):
+    """Each case with each split that can be had."""
+    return [
+        (split, *case)
+        for split in SPLITS
+        for case in cases
+        if split == "token" or not {"gpt2", "checkpointed"} & set(case)
+    ]
 
 
 def build(name, **options):
@@ -28,11 +39,14 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("inputs", ["ids", "padding", "packed"])
-# Not falcon, whose own forward indexes with lists, which are copied from the host.
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gptj", "phi3"])
-def test_a_static_step_never_synchronises(name, inputs):
+@pytest.mark.parametrize(
+    ("split", "name"),
+    # Not falcon, whose own forward indexes with lists, which are copied from the host.
+    of_splits(*((x,) for x in ("llama", "mistral", "gemma2", "gemma3", "gpt2", "gptj", "phi3"))),
+)
+def test_a_static_step_never_synchronises(split, name, inputs):
     model = build(name)
-    wrapped = CGGRModel(model, warmup_steps=3, **STATIC).cuda()
+    wrapped = CGGRModel(model, split=split, warmup_steps=3, **STATIC).cuda()
     ids = models.token_ids(4, 16).cuda()
     others = {}
     if inputs == "padding":
@@ -50,8 +64,8 @@ def test_a_static_step_never_synchronises(name, inputs):
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("name", "inputs"),
-    [
+    ("split", "name", "inputs"),
+    of_splits(
         ("llama", "ids"),
         ("gemma3", "ids"),
         ("gpt2", "ids"),
@@ -60,9 +74,11 @@ def test_a_static_step_never_synchronises(name, inputs):
         ("bert", "padding"),
         ("gemma3", "packed"),
         ("llama", "checkpointed"),
-    ],
+    ),
 )
-def test_a_captured_step_is_that_of_eager_without_a_wait(name, inputs, compiled, monkeypatch):
+def test_a_captured_step_is_that_of_eager_without_a_wait(
+    split, name, inputs, compiled, monkeypatch
+):
     torch._dynamo.reset()
     others = {}
     if inputs == "padding":
@@ -77,7 +93,7 @@ def test_a_captured_step_is_that_of_eager_without_a_wait(name, inputs, compiled,
             kwargs = {"use_reentrant": False, "preserve_rng_state": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         inner = torch.compile(model, dynamic=False) if compiled else model
-        return CGGRModel(inner, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
+        return CGGRModel(inner, split=split, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
 
     replayed, eager = make(compiled), make()
     step = CapturedStep(replayed)
@@ -109,13 +125,14 @@ def test_a_captured_step_is_that_of_eager_without_a_wait(name, inputs, compiled,
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("whole", [True, False])
-def test_compiled_steps_are_those_of_eager(whole):
+@pytest.mark.parametrize("split", SPLITS)
+def test_compiled_steps_are_those_of_eager(split, whole):
     torch._dynamo.reset()
     model = build("llama")
 
     def losses(compiled):
         inner = model if whole or not compiled else torch.compile(model, dynamic=False)
-        wrapped = CGGRModel(inner, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
+        wrapped = CGGRModel(inner, split=split, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
         step = (
             torch.compile(wrapped, fullgraph=True, dynamic=False) if whole and compiled else wrapped
         )

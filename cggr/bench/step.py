@@ -251,10 +251,12 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         def forwards(scoring: float) -> float:
             if split == "sequence":
                 return 3 * ratio + (scoring if routed else 0.0)
+            if split == "backward":
+                return 1 + 2 * ratio
             return 1 + 2 * ratio + ratio * (scoring if routed else 1.0)
 
         # Not every device has float8.
-        may_fail = split == "sequence" or options.get("first_pass") == "float8"
+        may_fail = split != "token" or options.get("first_pass") == "float8"
         name = name if mode == "eager" else f"{name}, {mode}"
         found.append(Way(name, make, mode, forwards, may_fail))
 
@@ -268,6 +270,8 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
     )
     for ratio, mode, (kind, options) in itertools.product(RATIOS, MODES, kinds):
         add(f"token, {kind}ratio {ratio:g}", "token", ratio, mode, **options)
+    for ratio, mode in itertools.product((0.25, 0.5), MODES):
+        add(f"backward, ratio {ratio:g}", "backward", ratio, mode)
     return tuple(found)
 
 
