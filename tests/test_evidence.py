@@ -5,11 +5,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from click.testing import CliRunner
 
+import cggr.torch.model
 from cggr.cli import main
+from cggr.torch import CGGRModel
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
 CONFIGURATIONS = sorted(EVIDENCE.glob("*.toml"))
@@ -124,9 +127,41 @@ def test_drawn_rows_are_unbiased_and_as_many_as_asked_for(sampled, by_norm, boun
     x = torch.zeros(1, 40, 3, requires_grad=True)
     grad = torch.randn(1, 40, 3) * torch.rand(1, 40, 1) ** 3
     total, rounds = torch.zeros_like(grad), 4000
+    draw = sampled.Draw(0.25, by_norm=by_norm)
     for _ in range(rounds):
-        (found,) = torch.autograd.grad(sampled._DrawnRows.apply(x, 0.25, by_norm), x, grad)
+        (found,) = torch.autograd.grad(sampled._Gradient.apply(x, draw), x, grad)
         assert int((found != 0).any(-1).sum()) == 10
         total += found
     error = (total / rounds - grad).norm(dim=-1).max() / grad.norm(dim=-1).max()
     assert error < bound  # by norm 0.02 with this seed, 0.05 uniformly; without weights 0.21
+
+
+@pytest.mark.parametrize(("split", "way"), [("backward", "residuals"), ("token", "drawn")])
+def test_a_restricted_backward_pass_is_that_of_a_split(sampled, split, way, monkeypatch):
+    selections = []
+    select = cggr.torch.model.select_at_ratio
+    monkeypatch.setattr(
+        cggr.torch.model,
+        "select_at_ratio",
+        lambda *args, **kwargs: selections.append(select(*args, **kwargs)) or selections[-1],
+    )
+    ids = models.token_ids(3, 9)
+    routed, plain = models.build("llama"), models.build("llama")
+    wrapped = CGGRModel(
+        routed, split=split, selection="random", min_tokens_ratio=0.4, warmup_steps=0
+    )
+    wrapped(ids, labels=ids).backward()
+    (selection,) = selections
+    mask_BS1 = selection.mask[..., None]
+
+    def draw(self, grad):
+        self.weight_BS1 = mask_BS1.float()
+        return grad * mask_BS1
+
+    monkeypatch.setattr(sampled.Draw, "__call__", draw)
+    sampled.restrict(plain, sampled.Way("", last=0.4, goes_through=way))
+    targets = ids.roll(-1, 1).masked_fill(~selection.mask, -100)
+    logits = plain(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    for (name, p), other in zip(plain.named_parameters(), routed.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,13 +1,19 @@
-"""What a backward pass of sampled rows learns, step for step, whatever its speed.
+"""What a backward pass of drawn tokens learns, step for step, whatever its speed.
 
     python benchmarks/evidence/sampled_backward.py --model runs/base/model --text texts/cpp
 
-Ways to fine-tune a Llama: dense, also of fewer sequences; with a quarter of the rows of the final
-hidden states' gradient, drawn uniformly or by their norms and weighted to be unbiased, and a full
-backward pass from there on (the head's own gradient is that of all tokens); and with such a draw at
-every layer's output, as in VCAS (arXiv 2402.17227), whose backward pass would need few rows. Rows
-that are not drawn are zeros here and cost what they did: the question is what such gradients are
-worth, before anybody makes them cheap.
+Ways to fine-tune a Llama: dense, also of fewer sequences; with a part of the rows of the final
+hidden states' gradient, drawn uniformly or by their norms and weighted to be unbiased (the head's
+own gradient is that of all tokens), of which the backward pass goes on
+
+- through everything;
+- through the drawn tokens' own layers, and from their attention down the residual streams of the
+  others (``split="backward"``);
+- through the drawn tokens alone, keys and values of others being constants (``split="token"``);
+- or through rows that are drawn anew at every layer's output, as in VCAS (arXiv 2402.17227).
+
+Rows that are left out are zeros here and cost what they did: the question is what such gradients
+are worth, before anybody makes them cheap.
 """
 
 from __future__ import annotations
@@ -30,82 +36,110 @@ FLOOR = 0.1  # of the mean norm, added to every norm: each row can be drawn
 
 
 class Way(NamedTuple):
-    """Which part of the rows is drawn.
+    """Which part of the rows is drawn, and what of the others has a gradient.
 
     Attributes:
         name: As the report calls it.
-        steps: Optimizer steps.
         last: Part of the final hidden states; None for all.
-        layer: Part of a layer's output, from how deep it lies, 0 to 1; None for all.
+        goes_through: ``"everything"``, ``"residuals"`` of the others, or ``"drawn"`` tokens alone.
+        layer: Part of a layer's output that is drawn anew; None for all.
         by_norm: Whether rows are drawn by the norms of their gradients, or uniformly.
         sequences: Part of the batch.
     """
 
     name: str
-    steps: int = 636
     last: float | None = None
-    layer: Callable[[float], float] | None = None
+    goes_through: str = "everything"
+    layer: float | None = None
     by_norm: bool = True
     sequences: float = 1.0
 
 
-# The steps of the later ones cost about what 636 dense ones do: a forward pass, and of the backward
-# pass the drawn rows, but for keys and values, a sixth of a layer's weights; less 5 to 8 % for the
-# drawing.
 WAYS = (
     Way("dense"),
     Way("dense, half the batch", sequences=0.5),
     Way("dense, a quarter", sequences=0.25),
-    Way("last 0.25, uniformly", last=0.25, by_norm=False),
-    Way("last 0.25", last=0.25),
-    Way("last 0.5", last=0.5),
-    Way("last and layers 0.25", last=0.25, layer=lambda depth: 0.25),
-    Way("last and layers 0.25", 1000, last=0.25, layer=lambda depth: 0.25),
-    Way("last and layers 0.5", 840, last=0.5, layer=lambda depth: 0.5),
-    Way("last 0.25, layers 0.25 to 0.5", 900, last=0.25, layer=lambda depth: 0.5 - 0.25 * depth),
+    *(
+        Way(f"{ratio} of the tokens, through {way}", last=ratio, goes_through=way)
+        for ratio in (0.5, 0.25)
+        for way in ("everything", "residuals", "drawn")
+    ),
+    Way("0.25 of the tokens, uniformly", last=0.25, by_norm=False),
+    Way("0.25 of the tokens, and of each layer", last=0.25, layer=0.25),
 )
 
 
-class _DrawnRows(torch.autograd.Function):
-    """`x` itself; of its gradient's rows some, by priority sampling, weighted to be unbiased."""
+class Draw:
+    """Rows that a backward pass draws, and begins with."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ratio: float, by_norm: bool) -> Tensor:
-        ctx.ratio, ctx.by_norm = ratio, by_norm
-        return x.view_as(x)
+    def __init__(self, ratio: float, *, by_norm: bool) -> None:
+        self.ratio, self.by_norm = ratio, by_norm
+        self.weight_BS1: Tensor
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def __call__(self, grad: Tensor) -> Tensor:
+        """The gradient's rows by priority sampling, weighted to be unbiased."""
         norm_BS = grad.float().norm(dim=-1)
-        if not ctx.by_norm:
+        if not self.by_norm:
             norm_BS = torch.ones_like(norm_BS)
         q_BS = norm_BS + FLOOR * norm_BS.mean() + 1e-30
         priority_BS = q_BS / torch.rand_like(q_BS).clamp_(min=1e-7)
-        tau = priority_BS.flatten().topk(int(ctx.ratio * q_BS.numel()) + 1).values[-1]
+        tau = priority_BS.flatten().topk(int(self.ratio * q_BS.numel()) + 1).values[-1]
         weight_BS = torch.where(priority_BS > tau, (tau / q_BS).clamp(min=1.0), 0.0)
-        return grad * weight_BS[..., None].to(grad.dtype), None, None
+        self.weight_BS1 = weight_BS[..., None]
+        return grad * self.weight_BS1.to(grad.dtype)
+
+    def drawn(self, grad: Tensor) -> Tensor:
+        """The gradient of the rows that were drawn."""
+        return torch.where(self.weight_BS1 > 0, grad, 0)
 
 
-def draw(module: torch.nn.Module, ratio: float, by_norm: bool) -> None:
-    """Lets only drawn rows of the gradient into a module that returns hidden states."""
-    module.register_forward_hook(lambda _, __, hidden: _DrawnRows.apply(hidden, ratio, by_norm))
+class _Gradient(torch.autograd.Function):
+    """`x` itself, whose gradient is changed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grad), None
 
 
-def train(way: Way, model: Any, batch: tokens.BatchFunction, peak: float) -> None:
-    """Fine-tunes the model, in bfloat16 by autocast, with the optimizer of ``cggr race``."""
-    if way.last is not None:
-        draw(model.model.norm, way.last, way.by_norm)
+def change_gradient(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the gradient that comes to a module's output."""
+    module.register_forward_hook(lambda _, __, output: _Gradient.apply(output, change))
+
+
+def restrict(model: Any, way: Way) -> None:
+    """Changes the backward pass of a Llama."""
+    if way.last is None:
+        return
+    last = Draw(way.last, by_norm=way.by_norm)
+    change_gradient(model.model.norm, last)
     layers = model.model.layers
-    for i, layer in enumerate(layers[:-1]):
-        if way.layer is not None:
-            draw(layer, way.layer(i / (len(layers) - 1)), way.by_norm)
+    for layer in layers[:-1] if way.layer is not None else ():
+        change_gradient(layer, Draw(way.layer, by_norm=True))
+    if way.goes_through == "everything":
+        return
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        modules = [attention.o_proj, mlp.down_proj]
+        if way.goes_through == "drawn":
+            modules += [attention.k_proj, attention.v_proj]
+        for module in modules:
+            change_gradient(module, last.drawn)
+
+
+def train(model: Any, batch: tokens.BatchFunction, steps: int, peak: float) -> None:
+    """Fine-tunes the model, in bfloat16 by autocast, with the optimizer of ``cggr race``."""
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    for step in range(way.steps):
+    for step in range(steps):
         ids = torch.from_numpy(batch(step).ids).to(model.device, non_blocking=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / way.steps, peak)
+            group["lr"] = learning_rate(step / steps, peak)
         with torch.autocast(model.device.type, torch.bfloat16):
             logits = model.lm_head(model.model(input_ids=ids).last_hidden_state)
         F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -122,7 +156,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=float, default=1.0, help="part of the steps")
+    parser.add_argument("--steps", type=int, default=636)
     numbers = range(1, len(WAYS) + 1)
     parser.add_argument("--ways", type=int, nargs="+", default=numbers, choices=numbers)
     options = parser.parse_args()
@@ -146,10 +180,10 @@ def main() -> None:
         torch.manual_seed(0)
         model = load_folder(options.model, torch.float32).to(device).train()
         model.config.use_cache = False
-        way = way._replace(steps=max(1, round(way.steps * options.steps)))
-        train(way, model, batch, options.learning_rate)
+        restrict(model, way)
+        train(model, batch, options.steps, options.learning_rate)
         loss = heldout_loss(model.eval(), corpus.heldout, options.length)
-        console.print(f"{way.name:32} {way.steps:5} steps  loss {loss:.4f}", highlight=False)
+        console.print(f"{way.name:40} {options.steps} steps  loss {loss:.4f}", highlight=False)
 
 
 if __name__ == "__main__":
