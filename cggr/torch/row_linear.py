@@ -194,26 +194,22 @@ def selected_backward(
     return output
 
 
-# The rows are to be taken when they have been chosen, in the backward pass. Of an operation that
-# compilers know they would find that it can be done in the forward pass already.
+# The rows are chosen between forward and backward pass. A compiler finds that what depends on them
+# and not on a gradient, such as these rows of a layer's inputs, could be had in the forward pass.
 @torch.library.custom_op(
-    "cggr::rows_of", mutates_args=(), schema="(Tensor x, Tensor row, Tensor gradient) -> Tensor"
+    "cggr::when_chosen", mutates_args=(), schema="(Tensor row, Tensor gradient) -> Tensor"
 )
-def _rows_of(x: Tensor, row: Tensor, gradient: Tensor) -> Tensor:
-    return x.index_select(0, row)
+def _when_chosen(row: Tensor, gradient: Tensor) -> Tensor:
+    return row.clone()
 
 
-@_rows_of.register_fake
-def _(x: Tensor, row: Tensor, gradient: Tensor) -> Tensor:
-    return x.new_empty(row.shape[0], x.shape[1])
+@_when_chosen.register_fake
+def _(row: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(row)
 
 
 class _SelectedBackward(torch.autograd.Function):
-    """``x weight^T + bias``, with gradients of some rows.
-
-    In the backward pass everything that is read of the rows is read together with a gradient, so
-    that no compiler does it before they are chosen.
-    """
+    """``x weight^T + bias``, with gradients of some rows."""
 
     @staticmethod
     def forward(
@@ -240,7 +236,8 @@ class _SelectedBackward(torch.autograd.Function):
             # The rows that are not chosen take the zeros behind the last slot.
             d_x = F.pad(d_x_RD, (0, 0, 0, 1)).index_select(0, slot_N).view(x_BSD.shape)
         if ctx.needs_input_grad[1]:
-            d_weight = gradient_RF.T @ _rows_of(x_BSD.flatten(0, -2), row_R, gradient_RF)
+            row_R = _when_chosen(row_R, gradient_RF)
+            d_weight = gradient_RF.T @ x_BSD.flatten(0, -2).index_select(0, row_R)
         if ctx.needs_input_grad[2]:
             d_bias = gradient_RF.sum(dim=0)
         return d_x, d_weight, d_bias, None, None, None
