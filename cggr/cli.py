@@ -260,6 +260,13 @@ _TEXT = click.option(
         is_flag=True,
         help="Compiled steps, on a GPU in CUDA graphs and bfloat16; one lane after the other.",
     ),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="GIB",
+        show_default="all",
+        help="GPU memory that a lane may take.",
+    ),
     click.option("--save", metavar="LANE", help="Leave this lane's model in the run's folder."),
     click.option("--hidden-size", type=_POSITIVE, default=192),
     click.option("--head-size", type=_POSITIVE, default=32),

@@ -183,9 +183,9 @@ def with_lane(table, **options):
         (
             {"scores": "loss"},
             (
-                "lane mine: unknown option 'scores'; known: batch_size, dynamic_threshold, "
-                "importance_floor, num_strata, ratio, router_layers, scoring, selection, split, "
-                "warmup_steps"
+                "lane mine: unknown option 'scores'; known: batch_size, checkpointed, "
+                "dynamic_threshold, importance_floor, micro_batches, num_strata, ratio, "
+                "router_layers, scoring, selection, split, warmup_steps"
             ),
         ),
         ({"name": "other"}, "lane mine: unknown option 'name'; known: batch_size, "),
@@ -200,6 +200,13 @@ def with_lane(table, **options):
         ({"batch-size": 0}, "lane mine: batch_size must be 1 or more, got 0"),
         ({"batch_size": 2.5}, "lane mine: batch_size must be 1 or more, got 2.5"),
         ({"batch_size": True}, "lane mine: batch_size must be 1 or more, got True"),
+        ({"micro_batches": 0}, "lane mine: micro_batches must be 1 or more, got 0"),
+        (
+            {"micro_batches": 3},
+            "lane mine: micro_batches must divide the batch of 16 sequences, got 3",
+        ),
+        ({"checkpointed": 1}, "lane mine: checkpointed must be True or False, got 1"),
+        ({"split": "backward", "checkpointed": True}, "lane mine: split 'backward' keeps what a "),
         ({"router_layers": "2"}, "lane mine: router_layers must be 1 or more, got '2'"),
         ({"router_layers": 5}, "lane mine: router_layers 5 is more than the model's 4 layers"),
         ({"scoring": "luck"}, "lane mine: scoring must be one of 'entropy', "),
@@ -231,11 +238,20 @@ def test_a_mistake_in_a_lane_that_does_not_race_is_one_too():
     RaceSettings(budget=SECONDS, tables={"mine": {"scoring": "excess_loss"}})
 
 
-def test_warm_ups_are_for_torch():
-    with_lane({"warmup_steps": 5})
+@pytest.mark.parametrize(
+    ("table", "option"),
+    [
+        ({"warmup_steps": 5}, "warmup_steps"),
+        ({"micro_batches": 2}, "micro_batches"),
+        ({"checkpointed": True}, "checkpointed"),
+        ({"split": "backward"}, "split 'backward'"),
+    ],
+)
+def test_what_is_for_torch_alone(table, option):
+    with_lane(table)
     with pytest.raises(RaceError) as error:
-        with_lane({"warmup_steps": 5}, backend="jax")
-    assert str(error.value) == "lane mine: warmup_steps is for --backend torch"
+        with_lane(table, backend="jax")
+    assert str(error.value) == f"lane mine: {option} is for --backend torch"
 
 
 def test_what_a_table_does_not_say_the_race_does():

@@ -62,6 +62,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "device": "cpu",
         "backend": "torch",
         "compiled": False,
+        "memory": None,
         "save": None,
     }
     assert found["versions"]["torch"] == metadata.version("torch")
@@ -316,6 +317,70 @@ def test_the_references_losses_reach_the_scores(bigrams, monkeypatch, split):
             wanted = wanted.mean(axis=1)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     assert not scores
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("table", [{"split": "dense"}, {"split": "token", "selection": "random"}])
+def test_micro_batches_train_as_the_batch_does(table, compiled, monkeypatch):
+    # At ratio 1 what is drawn does not matter.
+    table = table if table["split"] == "dense" else table | {"ratio": 1.0}
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    settings, corpus = tiny(
+        lanes=("whole", "parts"),
+        tables={"whole": table, "parts": table | {"micro_batches": 4}},
+        compiled=compiled,
+    )
+    make = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))
+    found = []
+    for name in settings.lanes:
+        lane = make(name, 0)
+        for step in range(2):
+            lane.train_step(batch_of(corpus.training[128 * step :]), 1e-2)
+        found.append(lane.evaluate())
+        assert lane.tokens_per_step() == 8 * 15
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("table", [{"split": "dense"}, {"split": "token", "selection": "topk"}])
+def test_a_checkpointed_lane_trains_as_others_do(table):
+    settings, corpus = tiny(
+        lanes=("plain", "checkpointed"),
+        tables={"plain": table, "checkpointed": table | {"checkpointed": True}},
+    )
+    make = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))
+    lanes = [make(name, 0) for name in settings.lanes]
+    layers = [lane.model.model.layers[0] for lane in lanes]
+    assert [layer.gradient_checkpointing for layer in layers] == [False, True]
+    for lane in lanes:
+        lane.train_step(batch_of(corpus.training), 1e-2)
+    assert lanes[0].evaluate() == lanes[1].evaluate()
+
+
+def test_memory_that_does_not_suffice(monkeypatch):
+    lane, stream = make_lane("dense")
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(lane.model, "forward", full)
+    message = "lane dense: a batch of 8 sequences does not fit: CUDA out of memory$"
+    with pytest.raises(RaceError, match=message):
+        lane.train_step(batch_of(stream), 1e-2)
+    with pytest.raises(RaceError, match="--memory 2: it is for CUDA devices, and this is cpu"):
+        make_lane("dense", memory=2.0)
+
+
+def test_memory_is_limited_to_what_was_asked_for(monkeypatch):
+    device, limits = torch.device("cuda"), []
+    properties = type("Properties", (), {"total_memory": 8 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *found: limits.append(found)
+    )
+    torch_lanes.limit_memory(2.0, device)
+    assert limits == [(0.25, device)]
+    with pytest.raises(RaceError, match=r"--memory 9: the device has 8\.0 GiB"):
+        torch_lanes.limit_memory(9.0, device)
 
 
 @pytest.fixture

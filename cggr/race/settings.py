@@ -97,6 +97,8 @@ class LaneSettings:
         dynamic_threshold: More tokens while the model is unsure.
         router_layers: Layers of the truncated router that scores; the whole model if None.
         batch_size: Sequences per batch; the race's if None.
+        micro_batches: Parts of a batch that run one after the other, their gradients added.
+        checkpointed: Whether layers run again in the backward pass, to save memory.
 
     Raises:
         RaceError: An option is out of its range.
@@ -113,16 +115,27 @@ class LaneSettings:
     dynamic_threshold: bool = False
     router_layers: int | None = None
     batch_size: int | None = None
+    micro_batches: int = 1
+    checkpointed: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise RaceError(
                 f"lane {self.name}: split must be one of {', '.join(SPLITS)}, got {self.split!r}"
             )
-        for option in ("router_layers", "batch_size"):
+        for option in ("router_layers", "batch_size", "micro_batches"):
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < 1):
                 raise RaceError(f"lane {self.name}: {option} must be 1 or more, got {value!r}")
+        if type(self.checkpointed) is not bool:
+            raise RaceError(
+                f"lane {self.name}: checkpointed must be True or False, got {self.checkpointed!r}"
+            )
+        if self.checkpointed and self.split == "backward":
+            raise RaceError(
+                f"lane {self.name}: split 'backward' keeps what a dense step keeps, so it cannot "
+                "be checkpointed"
+            )
         try:
             self.routing(seed=0)
         except (TypeError, ValueError) as error:
@@ -143,11 +156,32 @@ class LaneSettings:
             raise RaceError(
                 f"lane {name}: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        selecting = sorted(options.keys() - {"split", "batch_size"})
+        selecting = sorted(
+            options.keys() - {"split", "batch_size", "micro_batches", "checkpointed"}
+        )
         if options.get("split") == "dense" and selecting:
             raise RaceError(f"lane {name}: a dense lane selects nothing, got {selecting[0]!r}")
         common = {key: getattr(race, key) for key in ("scoring", "selection", "ratio")}
-        return cls(name=name, **common | options)
+        lane = cls(name=name, **common | options)
+        batch = lane.batch_size or race.batch_size
+        if batch % lane.micro_batches:
+            raise RaceError(
+                f"lane {name}: micro_batches must divide the batch of {batch} sequences, got "
+                f"{lane.micro_batches}"
+            )
+        return lane
+
+    def check_jax(self) -> None:
+        """Refuses what JAX's lanes have not."""
+        has = {
+            "warmup_steps": self.warmup_steps > 0,
+            "micro_batches": self.micro_batches > 1,
+            "checkpointed": self.checkpointed,
+            "split 'backward'": self.split == "backward",
+        }
+        for option, is_there in has.items():
+            if is_there:
+                raise RaceError(f"lane {self.name}: {option} is for --backend torch")
 
     @property
     def scores_excess(self) -> bool:
@@ -198,6 +232,7 @@ class RaceSettings:
         backend: ``torch`` or ``jax``.
         compiled: Whether steps are compiled and captured in a CUDA graph, in bfloat16; lanes then
             race one after the other. PyTorch alone: JAX always compiles.
+        memory: GiB of GPU memory that a lane may take, PyTorch alone; all if None.
         save: Lane whose model of the first seed is left beside the report.
 
     Raises:
@@ -228,6 +263,7 @@ class RaceSettings:
     device: str = "auto"
     backend: str = "torch"
     compiled: bool = False
+    memory: float | None = None
     save: str | None = None
 
     def __post_init__(self) -> None:
@@ -245,11 +281,16 @@ class RaceSettings:
             raise RaceError(f"--noise must be at least 0 and less than 1, got {self.noise}")
         if self.save is not None and self.save not in self.lanes:
             raise RaceError(f"--save must be one of the lanes, got {self.save!r}")
-        for option in ("compiled", "reference", "save"):
+        for option in ("compiled", "reference", "memory", "save"):
             if getattr(self, option) and self.backend != "torch":
                 raise RaceError(f"--{option} is for --backend torch")
         rates = [("learning-rates", rate) for rate in self.learning_rates]
-        for option, value in (("ratio", self.ratio), ("learning-rate", self.learning_rate), *rates):
+        for option, value in (
+            ("ratio", self.ratio),
+            ("learning-rate", self.learning_rate),
+            ("memory", self.memory),
+            *rates,
+        ):
             if value is not None and not 0 < value < math.inf:
                 raise RaceError(f"--{option} must be a positive number, got {value}")
         if len(set(self.learning_rates)) < len(self.learning_rates):
@@ -294,8 +335,8 @@ class RaceSettings:
                     f"lane {way.name}: scoring excess_loss needs a --reference, the folder of a "
                     "model"
                 )
-            if way.warmup_steps and self.backend == "jax":
-                raise RaceError(f"lane {way.name}: warmup_steps is for --backend torch")
+            if self.backend == "jax":
+                way.check_jax()
 
     @property
     def eval_interval(self) -> float:

@@ -53,6 +53,12 @@ class TorchLane:
         self.name = lane.name
         self.lane = lane
         self.model = model.train()
+        if lane.checkpointed:
+            # Its name before transformers 5.20.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            enable = getattr(model, new if hasattr(model, new) else old)
+            # The state of a generator cannot be asked for where a step is captured.
+            enable({"use_reentrant": False, "preserve_rng_state": False})
         self.device = next(model.parameters()).device
         self.sequence_length = settings.sequence_length
         self.heldout = heldout
@@ -89,23 +95,43 @@ class TorchLane:
             inputs["reference_nll"] = batch.reference_nll
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._backward({name: self._tensor(array) for name, array in inputs.items()})
+        try:
+            for part in range(self.lane.micro_batches):
+                parts = {name: self._part(array, part) for name, array in inputs.items()}
+                self._backward(parts)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+            raise RaceError(
+                f"lane {self.name}: a batch of {len(batch.ids)} sequences does not fit: {reason}"
+            ) from None
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.routed is not None:
             self.routed.step()
 
+    def _part(self, array: Any, part: int) -> torch.Tensor:
+        """The sequences of a micro-batch."""
+        size = len(array) // self.lane.micro_batches
+        return self._tensor(array[part * size : (part + 1) * size])
+
     def _tensor(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.routed is None:
-            loss = self.model(**inputs).loss
+            loss = self.model(**inputs).loss / self.lane.micro_batches
             self._tokens = inputs["labels"][:, 1:].numel()
         else:
-            loss = self.routed(**inputs)
+            loss = self.routed(**inputs, **self._items(inputs))
         loss.backward()
+
+    def _items(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What makes the loss of a micro-batch its part of the batch's."""
+        if self.lane.micro_batches == 1:
+            return {}
+        n_targets = inputs["labels"][:, 1:].numel()
+        return {"num_items_in_batch": n_targets * self.lane.micro_batches}
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -129,9 +155,10 @@ class TorchLane:
 
     def tokens_per_step(self) -> int:
         """Tokens that the latest step's loss was taken over."""
+        tokens = self._tokens
         if self.routed is not None:
-            return int(self.routed.get_metrics()["tokens_selected"])
-        return self._tokens
+            tokens = int(self.routed.get_metrics()["tokens_selected"])
+        return tokens * self.lane.micro_batches  # of which the last one is known
 
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
@@ -200,7 +227,7 @@ class CompiledLane(TorchLane):
 
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.device.type != "cuda":
-            self.routed(**inputs).backward()
+            self.routed(**inputs, **self._items(inputs)).backward()
             return
         if not self._steps:  # here, where no clock runs
             self._capture_all(inputs)
@@ -217,7 +244,7 @@ class CompiledLane(TorchLane):
         if level not in self._steps:
             self._steps[level] = CapturedStep(self.routed)
         with torch.autocast("cuda", torch.bfloat16):
-            self._steps[level](**inputs)
+            self._steps[level](**inputs, **self._items(inputs))
 
     def _capture_all(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """A graph for every capacity of the schedule, and the memory that their steps need."""
@@ -278,6 +305,8 @@ def make_lanes(
 
     All lanes of a seed start from copies of the same weights.
     """
+    if settings.memory is not None:
+        limit_memory(settings.memory, device)
     models: dict[int, transformers.PreTrainedModel] = {}
     made: dict[str, CompiledLane] = {}
 
@@ -297,6 +326,20 @@ def make_lanes(
         return made[name]
 
     return make_lane
+
+
+def limit_memory(gib: float, device: torch.device) -> None:
+    """Lets this process take so many GiB of the device's memory, and no more.
+
+    Raises:
+        RaceError: It is no CUDA device, or has less.
+    """
+    if device.type != "cuda":
+        raise RaceError(f"--memory {gib:g}: it is for CUDA devices, and this is {device}")
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    if gib * 2**30 > total:
+        raise RaceError(f"--memory {gib:g}: the device has {total / 2**30:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
 
 
 def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transformers.PreTrainedModel:
