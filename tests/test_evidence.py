@@ -1,7 +1,9 @@
 """What the study of benchmarks/evidence is made by: its configurations, texts and draws."""
 
 import importlib.util
+import json
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import models
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 import cggr.torch.model
 from cggr.cli import main
@@ -31,6 +34,12 @@ def load(name):
 def texts():
     yield load("texts")
     del sys.modules["texts"]
+
+
+@pytest.fixture
+def study():
+    yield load("study")
+    del sys.modules["study"]
 
 
 @pytest.fixture
@@ -165,3 +174,68 @@ def test_a_restricted_backward_pass_is_that_of_a_split(sampled, split, way, monk
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     for (name, p), other in zip(plain.named_parameters(), routed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+RECORDER = """
+import json, os, pathlib, sys
+name = " ".join(sys.argv).replace("--name=", "--name ").partition("--name ")[2].split()[0]
+if name in ("base", "reference"):
+    (pathlib.Path("runs") / name / "model").mkdir(parents=True)
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps([name, os.environ["CUDA_VISIBLE_DEVICES"], sys.argv[1:]]) + chr(10))
+"""
+
+
+def recorded(study_of, settings, tmp_path, monkeypatch, *, minutes=9.0, gpus=2, extra=()):
+    """Names, GPUs and arguments of the races that a study starts, in their order."""
+    monkeypatch.chdir(tmp_path)
+    for text in ("cpp", "python"):
+        for name, size in (("small", 10), ("large", 900_000), ("fitting", 400_000)):
+            (tmp_path / "texts" / text / name).mkdir(parents=True)
+            (tmp_path / "texts" / text / name / "a.txt").write_text("x" * size)
+    monkeypatch.setattr(study_of, "COMMAND", (sys.executable, "-c", RECORDER))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "calls.jsonl").touch()
+    deadline = time.monotonic() + 60 * minutes
+    with (tmp_path / "said.txt").open("w") as file:
+        study_of.Study(Console(file=file), tmp_path / "log", deadline, extra).run(settings, gpus)
+    return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+
+
+def test_a_study_trains_then_compiles_then_races(study, tmp_path, monkeypatch):
+    calls = recorded(study, ["finetune", "noise"], tmp_path, monkeypatch, extra=["--seeds", "1"])
+    names = [name for name, _, _ in calls]
+    assert sorted(names[:2]) == ["base", "reference"]
+    for setting in ("finetune", "noise"):
+        lanes = list(study.options_of(setting)["lanes"])
+        compiled = [f"{setting}-compiled-{number}" for number in range(len(lanes))]
+        first = names.index(setting)
+        assert sorted(compiled) == sorted(name for name in names[:first] if name in compiled)
+        _, gpu, arguments = calls[first]
+        assert {call[1] for call in calls if call[0] in compiled} == {gpu}
+        assert arguments[-5:] == ["--name", setting, "--resume", "--seeds", "1"]
+        arguments = calls[names.index(f"{setting}-compiled-1")][2]
+        assert f"--lanes={lanes[1]}" in arguments
+        assert any(x.startswith("--text=texts") and x.endswith("fitting") for x in arguments)
+    assert {gpu for _, gpu, _ in calls} == {"0", "1"}
+    # What is there is not trained again.
+    study.Study(Console(quiet=True), tmp_path / "log", time.monotonic() + 99).train(0, "base")
+    assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == len(calls)
+
+
+def test_a_study_ends_in_time(study, tmp_path, monkeypatch):
+    assert recorded(study, ["finetune"], tmp_path, monkeypatch, minutes=0.0) == []
+    said = (tmp_path / "said.txt").read_text()
+    assert "base: not trained" in said
+    assert "finetune: stopped" in said
+
+
+def test_a_lane_that_cannot_be_compiled_is_named(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        study,
+        "options_of",
+        lambda _: {"text": ["texts/cpp"], "lanes": {"mine": {}}},
+    )
+    monkeypatch.setattr(study.Study, "call", lambda *_: False)
+    recorded(study, ["finetune"], tmp_path, monkeypatch)
+    assert "finetune: mine was not compiled" in (tmp_path / "said.txt").read_text()

@@ -1,0 +1,167 @@
+"""Runs settings of the study, a GPU each at a time, as far as they have not been run.
+
+    python benchmarks/evidence/texts.py texts
+    python benchmarks/evidence/study.py finetune noise
+
+Models that a setting begins with are trained before. Then all its lanes are compiled at once, two
+steps each, since to compile them one after the other would take longer than to race them; what was
+compiled is kept in torch's cache, for the race. A race that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+FOLDER = Path(__file__).parent
+COMMAND = (sys.executable, "-c", "from cggr.cli import main; main(prog_name='cggr')", "race")
+
+
+def options_of(setting: str) -> dict[str, Any]:
+    """The configuration of a setting."""
+    return tomllib.loads((FOLDER / f"{setting}.toml").read_text(encoding="utf-8"))
+
+
+def needed(settings: Sequence[str]) -> list[str]:
+    """The settings whose models these begin with."""
+    folders = [options_of(name).get(key) for name in settings for key in ("model", "reference")]
+    return list(dict.fromkeys(Path(folder).parent.name for folder in folders if folder))
+
+
+def smallest_text(folder: Path, *, least: int = 300_000) -> Path:
+    """The smallest part of a text that suffices to compile for."""
+
+    def size(part: Path) -> int:
+        return sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+
+    return min((part for part in folder.iterdir() if size(part) >= least), key=size)
+
+
+class Study:
+    """What runs on the GPUs.
+
+    Args:
+        console: Where it is shown.
+        log: Folder of what the races say.
+        deadline: Of the host's clock; no race begins after it, and those that run are stopped.
+        extra: Options for every race, such as ``["--seeds", "1"]``.
+    """
+
+    def __init__(
+        self, console: Console, log: Path, deadline: float, extra: Sequence[str] = ()
+    ) -> None:
+        self.console = console
+        self.log = log
+        self.deadline = deadline
+        self.extra = list(extra)
+        self.begin = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line, and when."""
+        spent = time.monotonic() - self.begin
+        self.console.print(f"{spent:6.0f} s  {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def call(self, gpu: int, name: str, *arguments: str) -> bool:
+        """Runs a race; whether it came to its end in time."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return False
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        with (self.log / f"{name}.txt").open("w") as said:
+            process = subprocess.Popen(
+                [*COMMAND, *arguments], stdout=said, stderr=subprocess.STDOUT, env=environment
+            )
+            try:
+                return process.wait(left) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()  # its results are on disk after every run
+                process.wait()
+                return False
+
+    def train(self, gpu: int, setting: str) -> None:
+        """A model that others begin with, if it is not there."""
+        if not (Path("runs") / setting / "model").exists():
+            config = str(FOLDER / f"{setting}.toml")
+            done = self.call(gpu, setting, "--config", config, "--name", setting)
+            self.say(f"{setting}: {'trained' if done else 'not trained'}")
+
+    def compile(self, gpu: int, setting: str) -> None:
+        """All lanes at once, for the cache."""
+        options = options_of(setting)
+        text = smallest_text(Path(options["text"][0]))
+        lanes = list(options["lanes"])
+        threads = max(1, (os.cpu_count() or 1) // (2 * len(lanes)))
+
+        def one(number: int) -> bool:
+            name = f"{setting}-compiled-{number}"
+            short = ("--budget=2steps", "--eval-every=2steps", "--seeds=1", "--learning-rates=1e-3")
+            here = (f"--text={text}", f"--lanes={lanes[number]}", f"--threads={threads}")
+            config = ("--config", str(FOLDER / f"{setting}.toml"), f"--output={self.log}")
+            return self.call(gpu, name, *config, *here, *short, f"--name={name}")
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            for lane, done in zip(lanes, pool.map(one, range(len(lanes))), strict=True):
+                if not done:
+                    self.say(f"{setting}: {lane} was not compiled")
+        self.say(f"{setting}: compiled")
+
+    def race(self, gpu: int, setting: str) -> None:
+        """A setting from beginning to end."""
+        self.compile(gpu, setting)
+        config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
+        done = self.call(gpu, setting, *config, *self.extra)
+        self.say(f"{setting}: {'raced' if done else 'stopped'}")
+
+    def run(self, settings: Sequence[str], gpus: int) -> None:
+        """The models, then the settings, as GPUs become free."""
+        for work, names in ((self.train, needed(settings)), (self.race, settings)):
+            waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+            for name in names:
+                waiting.put(name)
+
+            def follow(gpu: int, work: Any = work, waiting: Any = waiting) -> None:
+                while True:
+                    try:
+                        name = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    work(gpu, name)
+
+            threads = [threading.Thread(target=follow, args=(gpu,)) for gpu in range(gpus)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+
+def main() -> None:
+    """Runs the settings that are named."""
+    known = [
+        path.stem for path in sorted(FOLDER.glob("*.toml")) if "save" not in options_of(path.stem)
+    ]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", default=known, choices=known)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="to stop after")
+    parser.add_argument("--log", type=Path, default=Path("runs/log"))
+    options, extra = parser.parse_known_args()
+    options.log.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    study = Study(Console(), options.log, deadline, extra)
+    study.run(options.settings, max(1, torch.cuda.device_count()))
+
+
+if __name__ == "__main__":
+    main()
