@@ -47,6 +47,10 @@ class BackwardRows(NamedTuple):
             torch.full((n_rows,), n_slots, dtype=torch.int64, device=device),
         )
 
+    def fit(self, x: Tensor) -> bool:
+        """Whether `x` has the batch's rows, and not such as were sent to an expert."""
+        return x.shape[:-1].numel() == self.slot_N.shape[0]
+
     def choose(self, mask_N: Tensor) -> None:
         """The rows where the mask is True, at most R of them, in ascending order."""
         n_slots, n_rows = self.row_R.shape[0], mask_N.shape[0]
@@ -100,8 +104,7 @@ class RowLinear(nn.Linear):
         if self.in_float8:
             return float8_product(*in_autocast_dtype(input, self.weight, self.bias))
         rows = self.backward_rows
-        # Others are not of the batch's rows, such as those that were sent to an expert.
-        if rows is not None and input.shape[:-1].numel() == rows.slot_N.shape[0]:
+        if rows is not None and rows.fit(input):
             return selected_backward(*in_autocast_dtype(input, self.weight, self.bias), rows)
         if self.index_BC is None and self.kept:
             output_BCF, *others = self.kept

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ from cggr.torch.row_masks import RowMasks, Visible
 from cggr.torch.selected import Scored, SelectedRows
 from cggr.torch.twin import Twin
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowLinear}
+if TYPE_CHECKING:
+    from cggr.torch.row_conv1d import RowConv1D
+
 # Linear layers of attention that have no part in the keys and values, which all tokens read.
-_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "dense"}
+_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "dense", "c_proj"}
 # Where layers of transformers and peft keep a probability, or one for each adapter.
 _DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
 
@@ -97,7 +99,7 @@ class TokenSplit:
         self._compile = compiler_of(model)
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
-        self._twin = Twin(self.router.base, _CLASSES)
+        self._twin = self._new_twin()
         self._root: nn.Module | None = None  # of the twin that what follows was made for
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, Cut] = {}
@@ -108,9 +110,10 @@ class TokenSplit:
     def refresh(self) -> None:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
         from cggr.torch.row_attention import take_over, without_flash
+        from cggr.torch.row_conv1d import RowConv1D
 
         if self._twin.original is not self.router.base:
-            self._twin = Twin(self.router.base, _CLASSES)
+            self._twin = self._new_twin()
         else:
             self._twin.refresh()
         if self._twin.root is not self._root:
@@ -136,7 +139,7 @@ class TokenSplit:
             cut.beginning.refresh()
             cut.rest.refresh()
         for module in self._modules:
-            if isinstance(module, RowLinear):
+            if isinstance(module, (RowLinear, RowConv1D)):
                 module.forget()  # the products of a step that failed
         self._float8_linears = (
             [linear for linear in self._row_linears(0) if linear.fits_float8()]
@@ -148,6 +151,13 @@ class TokenSplit:
                 f"first_pass='float8' needs linear layers (nn.Linear) of sizes that 16 divides, of "
                 f"which {type(self._source).__name__} has none."
             )
+
+    def _new_twin(self) -> Twin:
+        from transformers.pytorch_utils import Conv1D
+
+        from cggr.torch.row_conv1d import RowConv1D
+
+        return Twin(self.router.base, {nn.Linear: RowLinear, Conv1D: RowConv1D})
 
     def follow(self) -> None:
         """Takes over what has been changed in the model since the last step.
@@ -164,13 +174,13 @@ class TokenSplit:
         """Refuses a model whose backward pass cannot be of some rows.
 
         Raises:
-            ValueError: It is under gradient checkpointing, or none of its layers is ``nn.Linear``.
+            ValueError: It is under gradient checkpointing, or none of its layers is linear.
         """
         name = type(self._source).__name__
         if not self.linears_of_rows:
             raise ValueError(
-                f"split='backward' needs layers of class nn.Linear, of which {name} has none: "
-                f"split='token' can be had."
+                f"split='backward' needs layers of class nn.Linear, or transformers' Conv1D, of "
+                f"which {name} has none: split='token' can be had."
             )
         if self._checkpointed(self._twin.root) or any(
             type(module).__name__ == "CheckpointWrapper" for module in self._modules
@@ -291,7 +301,7 @@ class TokenSplit:
                 chosen before. None for everything.
         """
         dense = self._dense(model_inputs, shape, synchronise=synchronise)
-        linears = [] if backward_rows is None else self.linears_of_rows
+        linears = self.linears_of_rows if backward_rows is not None else []
         for linear in linears:
             linear.backward_rows = backward_rows
         try:
@@ -302,23 +312,22 @@ class TokenSplit:
                 linear.backward_rows = None
 
     @functools.cached_property
-    def linears_of_rows(self) -> list[RowLinear]:
+    def linears_of_rows(self) -> list[RowLinear | RowConv1D]:
         """Linear layers through which a token's gradient comes from that token's output alone.
 
         All but those of keys and values, or of what is made together with them.
         """
-        found = []
+        from cggr.torch.row_conv1d import RowConv1D
+
+        found: list[RowLinear | RowConv1D] = []
         for layer in self._layers:
-            attention = [
-                name
-                for name, module in layer.named_modules()
-                if "Attention" in type(module).__name__
-            ]
-            for name, module in layer.named_modules():
-                if isinstance(module, RowLinear) and (
-                    not any(name.startswith(f"{part}.") for part in attention)
-                    or _OF_QUERIES & set(name.split("."))
-                ):
+            modules = dict(layer.named_modules())
+            attention = tuple(
+                f"{name}." for name, x in modules.items() if "Attention" in type(x).__name__
+            )
+            for name, module in modules.items():
+                is_of_keys = name.startswith(attention) and not _OF_QUERIES & set(name.split("."))
+                if isinstance(module, (RowLinear, RowConv1D)) and not is_of_keys:
                     found.append(module)
         return found
 
