@@ -1,5 +1,6 @@
 """split="backward": one forward pass, and a backward pass of the selected tokens' rows."""
 
+import contextlib
 import functools
 import re
 
@@ -361,8 +362,62 @@ def test_the_gradient_of_a_linear_layer_by_differences():
         torch.testing.assert_close(found.grad, want, rtol=1e-12, atol=1e-12)
 
 
+def replace_forward(model):
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def replace_class(model):
+    class Linear4bit(nn.Linear):
+        pass
+
+    model.model.layers[1].self_attn.o_proj.__class__ = Linear4bit
+
+
+def adapt(kind, **options):
+    def change(model):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        config = getattr(peft, f"{kind}Config")(target_modules=["o_proj"], **options)
+        peft.get_peft_model(model, config)  # in place
+
+    return change
+
+
+@of_peft
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_forward, "own forward, which was replaced on a LlamaDecoderLayer of Llama"),
+        (replace_class, r"got layers\.1\.self_attn\.o_proj of class Linear4bit of Llama"),
+        (
+            lambda model: nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj),
+            r"got layers\.0\.mlp\.up_proj\.parametrizations\.weight of class Param",
+        ),
+        (adapt("LoHa"), r"got layers\.0\.self_attn\.o_proj of class Linear of Llama"),
+        (adapt("Lora", use_dora=True), r"got layers\.0\.self_attn\.o_proj of class Linear of"),
+        (
+            functools.partial(enable_checkpointing, reentrant=False),
+            "keeps what a dense step keeps, and LlamaForCausalLM is",
+        ),
+    ],
+)
+def test_what_would_pass_the_gradient_of_all_tokens_is_refused(change, message):
+    model = models.build("llama")
+    wrapped = CGGRModel(model, **OFF)
+    ids = models.token_ids(2, 8)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        CGGRModel(model, **OFF)
+    with pytest.raises(ValueError, match=message):
+        wrapped(ids, labels=ids)
+    assert wrapped.eval()(ids, labels=ids) > 0  # which is a dense forward
+
+
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match=r"nn.Linear, or transformers' Conv1D, of which Falcon"):
+    with pytest.raises(
+        ValueError, match=r"layers of class nn.Linear, or transformers' Conv1D, and"
+    ):
         CGGRModel(models.build("falcon"))
     with pytest.raises(ValueError, match="'exact' with split='backward', got 'float8'"):
         CGGRModel(models.build("llama"), first_pass="float8")
@@ -370,12 +425,55 @@ def test_what_it_refuses():
         CGGRModel(nn.Embedding(8, 8))
     with pytest.raises(ValueError, match="split must be one of 'auto', 'token', 'backward', 'sequ"):
         CGGRModel(models.build("llama"), split="rows")
+
+
+def clones():
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+
+
+def test_hooks_that_copy_what_is_saved(selections):
     model = models.build("llama")
-    wrapped = CGGRModel(model, **OFF)
-    enable_checkpointing(model, reentrant=False)
-    ids = models.token_ids(2, 8)
-    with pytest.raises(ValueError, match="keeps what a dense step keeps, and LlamaForCausalLM is"):
-        wrapped(ids, labels=ids)
+    wrapped = CGGRModel(model, selection="topk", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 10)
+    found = []
+    for context in (contextlib.nullcontext(), clones()):
+        model.zero_grad()
+        with context:
+            loss = wrapped(ids, labels=ids)
+        loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(*found)
+
+
+@compiling
+def test_hooks_that_copy_what_a_compiled_model_saves_are_loud():
+    torch.compiler.reset()
+    model = models.build("llama")
+    inner = torch.compile(model, backend="aot_eager")
+    wrapped = CGGRModel(inner, selection="topk", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 10)
+    with clones():
+        loss = wrapped(ids, labels=ids)
+    loss.backward()
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj):
+            assert linear.weight.grad.isnan().all()
+
+
+@of_peft
+@pytest.mark.parametrize("adapter", ["default", "query", "dense"])
+def test_adapters_of_keys_have_gradients_of_all_tokens(adapter):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = models.build("llama")
+    config = peft.LoraConfig(r=4, target_modules=["k_proj", "o_proj"])
+    peft.get_peft_model(model, config, adapter_name=adapter)
+    split = CGGRModel(model, **OFF)._token_split
+    assert len(split.linears_of_rows) == models.LAYERS * 7  # with two of the adapter
+    twin = split._twin.root.layers[0].self_attn
+    of_rows = split.linears_of_rows
+    for name in ("base_layer", f"lora_A.{adapter}", f"lora_B.{adapter}"):
+        assert twin.o_proj.get_submodule(name) in of_rows
+        assert twin.k_proj.get_submodule(name) not in of_rows
 
 
 def test_its_gradient_has_none_itself():

@@ -1,5 +1,6 @@
 """CGGRTrainer and TRL's SFTTrainer: the loss, the schedule, what is saved, and resuming."""
 
+import dataclasses
 import functools
 import json
 
@@ -22,6 +23,7 @@ STEPS, ACCUMULATED = 6, 2
 ROUTING = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.3}
 SPLITS = {
     "token": {"split": "token"},
+    "backward": {"split": "backward"},
     "sequence": {"split": "sequence"},
     "token, 1 layer scores": {"split": "token", "router": 1},
 }
@@ -407,6 +409,16 @@ def test_no_two_forwards_have_the_same_draw(tmp_path):
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
         trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointing_is_refused_where_it_would_save_nothing(tmp_path):
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    option = next(
+        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields
+    )
+    with pytest.raises(ValueError, match=f"{option} must be False with routing.'split'. = 'backw"):
+        trainer(tmp_path, split="backward", **{option: True})
 
 
 def test_encoder_decoders_and_learned_prompts_are_refused(tmp_path):

@@ -190,7 +190,7 @@ class CGGRModel(nn.Module):
     def _prepare(self, split: TokenSplit) -> None:
         if depth := self._scoring_depth(split):
             split.cut(depth)
-        if self.split == "backward":
+        if self.split == "backward" and self.training:
             split.check_backward()
 
     def step(self) -> None:
@@ -315,7 +315,7 @@ class CGGRModel(nn.Module):
         if self.split != "sequence":
             if not torch.compiler.is_compiling():
                 split.follow()
-                if self.split == "backward":
+                if self.split == "backward" and self.training:
                     split.check_backward()
             return split
         fits = split.model is self.model and complaint(model_inputs, shape) is None

@@ -26,17 +26,21 @@ _FLOAT8_MULTIPLE = 16  # of the sizes that the products take
 class BackwardRows(NamedTuple):
     """Which rows the backward pass is of, known only when the forward pass has ended.
 
-    A forward pass is given this memory, and :meth:`choose` writes it before the backward pass.
+    A forward pass is given this memory, and :meth:`choose` writes it before the backward pass. A
+    backward pass that reads a copy of what it was before makes NaN of all gradients: such as
+    ``torch.autograd.graph.save_on_cpu`` around a compiled model makes.
 
     Attributes:
         row_R: int64, the rows of N; 0 in unused slots.
         used_R1: bool, False in unused slots.
         slot_N: int64, where a row is among the R; R for all others.
+        fault: float32 scalar, NaN until the rows are chosen, then 0.
     """
 
     row_R: Tensor
     used_R1: Tensor
     slot_N: Tensor
+    fault: Tensor
 
     @classmethod
     def of_size(cls, n_slots: int, n_rows: int, device: torch.device) -> BackwardRows:
@@ -45,6 +49,7 @@ class BackwardRows(NamedTuple):
             torch.zeros(n_slots, dtype=torch.int64, device=device),
             torch.zeros(n_slots, 1, dtype=torch.bool, device=device),
             torch.full((n_rows,), n_slots, dtype=torch.int64, device=device),
+            torch.full((), torch.nan, device=device),
         )
 
     def fit(self, x: Tensor) -> bool:
@@ -64,6 +69,7 @@ class BackwardRows(NamedTuple):
         self.row_R.data.copy_(torch.where(used_R, row_R, 0))
         self.used_R1.data.copy_(used_R[:, None])
         self.slot_N.data.copy_(slot_N)
+        self.fault.data.zero_()
 
 
 class RowLinear(nn.Linear):
@@ -223,16 +229,25 @@ class _SelectedBackward(torch.autograd.Function):
         row_R: Tensor,
         used_R1: Tensor,
         slot_N: Tensor,
+        fault: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x_BSD, weight_FD, row_R, used_R1, slot_N)
+        rows = row_R, used_R1, slot_N, fault
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x_BSD, weight_FD, *rows)
+        else:  # where hooks of saved tensors, which may copy them, do not get hold of the rows
+            ctx.save_for_backward(x_BSD, weight_FD)
+            ctx.rows = rows
         return F.linear(x_BSD, weight_FD, bias_F)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient_BSF: Tensor) -> tuple[Tensor | None, ...]:
-        x_BSD, weight_FD, row_R, used_R1, slot_N = ctx.saved_tensors
+        x_BSD, weight_FD, *rows = ctx.saved_tensors
+        if not rows:  # those of a layer on another device
+            rows = [x.to(gradient_BSF.device) for x in ctx.rows]
+        row_R, used_R1, slot_N, fault = rows
         gradient_RF = gradient_BSF.flatten(0, -2).index_select(0, row_R)
-        gradient_RF = torch.where(used_R1, gradient_RF, 0)
+        gradient_RF = torch.where(used_R1, gradient_RF, fault)
         d_x, d_weight, d_bias = None, None, None
         if ctx.needs_input_grad[0]:
             d_x_RD = gradient_RF @ weight_FD
@@ -243,4 +258,4 @@ class _SelectedBackward(torch.autograd.Function):
             d_weight = gradient_RF.T @ x_BSD.flatten(0, -2).index_select(0, row_R)
         if ctx.needs_input_grad[2]:
             d_bias = gradient_RF.sum(dim=0)
-        return d_x, d_weight, d_bias, None, None, None
+        return d_x, d_weight, d_bias, None, None, None, None

@@ -11,7 +11,6 @@ Shapes: ``B`` sequences of ``S`` tokens; ``C`` slots in each; ``D`` hidden size,
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -100,6 +99,8 @@ class TokenSplit:
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = self._new_twin()
+        self.linears_of_rows: list[RowLinear | RowConv1D] = []
+        self._of_all_rows: str | None = None
         self._root: nn.Module | None = None  # of the twin that what follows was made for
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, Cut] = {}
@@ -110,7 +111,6 @@ class TokenSplit:
     def refresh(self) -> None:
         """Takes over what has been changed in the model: its modes, its adapters, its modules."""
         from cggr.torch.row_attention import take_over, without_flash
-        from cggr.torch.row_conv1d import RowConv1D
 
         if self._twin.original is not self.router.base:
             self._twin = self._new_twin()
@@ -120,7 +120,7 @@ class TokenSplit:
             self._root = self._twin.root
             keep_angles(self._root)
             self._modules = list(self._root.modules())  # to walk the tree takes long
-            vars(self).pop("linears_of_rows", None)
+            self.linears_of_rows = []
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -139,8 +139,8 @@ class TokenSplit:
             cut.beginning.refresh()
             cut.rest.refresh()
         for module in self._modules:
-            if isinstance(module, (RowLinear, RowConv1D)):
-                module.forget()  # the products of a step that failed
+            if self._is_of_rows(module):
+                cast(RowLinear, module).forget()  # the products of a step that failed
         self._float8_linears = (
             [linear for linear in self._row_linears(0) if linear.fits_float8()]
             if self.float8
@@ -157,6 +157,7 @@ class TokenSplit:
 
         from cggr.torch.row_conv1d import RowConv1D
 
+        self._classes: tuple[Any, ...] = RowLinear, RowConv1D
         return Twin(self.router.base, {nn.Linear: RowLinear, Conv1D: RowConv1D})
 
     def follow(self) -> None:
@@ -174,20 +175,30 @@ class TokenSplit:
         """Refuses a model whose backward pass cannot be of some rows.
 
         Raises:
-            ValueError: It is under gradient checkpointing, or none of its layers is linear.
+            ValueError: It is under gradient checkpointing, or a layer that adds to the residual
+                stream would pass the gradient of all tokens; the message names it.
         """
         name = type(self._source).__name__
-        if not self.linears_of_rows:
-            raise ValueError(
-                f"split='backward' needs layers of class nn.Linear, or transformers' Conv1D, of "
-                f"which {name} has none: split='token' can be had."
-            )
         if self._checkpointed(self._twin.root) or any(
             type(module).__name__ == "CheckpointWrapper" for module in self._modules
         ):
             raise ValueError(
                 f"split='backward' keeps what a dense step keeps, and {name} is under gradient "
                 f"checkpointing: disable it, or use split='token', which needs less memory."
+            )
+        for module in self._modules:
+            if "forward" in vars(module) and "_orig_mod" not in module._modules:
+                raise ValueError(
+                    f"split='backward' runs the modules' own forward, which was replaced on a "
+                    f"{type(module).__name__} of {name}: split='sequence' can be had."
+                )
+        if not self.linears_of_rows:
+            self._find_linears_of_rows()
+        if self._of_all_rows is not None:
+            raise ValueError(
+                f"split='backward' needs layers of class nn.Linear, or transformers' Conv1D, and "
+                f"adapters of kind LoRA without DoRA, got {self._of_all_rows} of {name}: "
+                f"split='token' can be had."
             )
 
     def cut(self, depth: int) -> Cut:
@@ -311,24 +322,39 @@ class TokenSplit:
             for linear in linears:
                 linear.backward_rows = None
 
-    @functools.cached_property
-    def linears_of_rows(self) -> list[RowLinear | RowConv1D]:
-        """Linear layers through which a token's gradient comes from that token's output alone.
+    def _find_linears_of_rows(self) -> None:
+        """Finds what the gradient of a token passes only if it is that token's output's.
 
-        All but those of keys and values, or of what is made together with them.
+        Of what is not for keys and values, the linear layers, and what else has such weights.
         """
-        from cggr.torch.row_conv1d import RowConv1D
+        beside_keys = self._beside_keys()
+        self.linears_of_rows = [cast(RowLinear, x) for _, x in beside_keys if self._is_of_rows(x)]
+        others = (path for path, x in beside_keys if not self._is_of_rows(x) and _has_weights(x))
+        self._of_all_rows = next(others, None)
 
-        found: list[RowLinear | RowConv1D] = []
-        for layer in self._layers:
+    def _is_of_rows(self, module: nn.Module) -> bool:
+        return isinstance(module, self._classes)
+
+    def _beside_keys(self) -> list[tuple[str, nn.Module]]:
+        """Modules of the layers, by their paths, but those of keys and values."""
+        found = []
+        for i, layer in enumerate(self._layers):
             modules = dict(layer.named_modules())
             attention = tuple(
                 f"{name}." for name, x in modules.items() if "Attention" in type(x).__name__
             )
+            adapted: dict[str, str] = {}  # by what is in it, the projection of an adapter
             for name, module in modules.items():
-                is_of_keys = name.startswith(attention) and not _OF_QUERIES & set(name.split("."))
-                if isinstance(module, (RowLinear, RowConv1D)) and not is_of_keys:
-                    found.append(module)
+                parent = name.rpartition(".")[0]
+                projection = str(adapted.get(parent, name))
+                if projection != name or "base_layer" in module._modules:
+                    adapted[name] = projection
+                own = projection.rpartition(".")[2]
+                has_weight = bool(module._parameters) or name in adapted
+                of_keys = projection.startswith(attention) and own not in _OF_QUERIES
+                if not (of_keys and has_weight):
+                    kind = type(module).__name__
+                    found.append((f"{self.router.layers_path}.{i}.{name} of class {kind}", module))
         return found
 
     def judged(
@@ -565,6 +591,15 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether it mixes what a token has, by weights of its own or as an adapter other than LoRA."""
+    kind = type(module).__module__
+    if kind.startswith("peft.tuners."):
+        is_lora = kind.startswith("peft.tuners.lora.")
+        return not is_lora or bool(module._modules.get("lora_magnitude_vector"))
+    return any(x is not None and x.dim() > 1 for x in module._parameters.values())
 
 
 def _checkpoints(module: nn.Module) -> bool:
