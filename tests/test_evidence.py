@@ -145,6 +145,21 @@ def test_drawn_rows_are_unbiased_and_as_many_as_asked_for(sampled, by_norm, boun
     assert error < bound  # by norm 0.02 with this seed, 0.05 uniformly; without weights 0.21
 
 
+def test_a_power_of_the_weights_keeps_their_sum(sampled):
+    grad = torch.randn(2, 40, 3) * torch.rand(2, 40, 1) ** 3
+    found = []
+    for power in (1.0, 0.5, 0.0):
+        torch.manual_seed(0)
+        draw = sampled.Draw(0.25, power=power)
+        draw(grad)
+        found.append(draw.weight_BS1)
+    for weights in found[1:]:
+        assert torch.equal(weights > 0, found[0] > 0)
+        torch.testing.assert_close(weights.sum(), found[0].sum())
+    spread = [weights[weights > 0].std() for weights in found]
+    assert spread[0] > spread[1] > spread[2] == 0
+
+
 @pytest.mark.parametrize(("split", "way"), [("backward", "residuals"), ("token", "drawn")])
 def test_a_restricted_backward_pass_is_that_of_a_split(sampled, split, way, monkeypatch):
     selections = []

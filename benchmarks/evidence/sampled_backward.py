@@ -2,9 +2,10 @@
 
     python benchmarks/evidence/sampled_backward.py --model runs/base/model --text texts/cpp
 
-Ways to fine-tune a Llama: dense, also of fewer sequences; with a part of the rows of the final
-hidden states' gradient, drawn uniformly or by their norms and weighted to be unbiased (the head's
-own gradient is that of all tokens), of which the backward pass goes on
+Ways to fine-tune a Llama: dense, also of fewer sequences; with a part of the rows of a gradient,
+drawn uniformly or by their norms and weighted to be unbiased. They are those of the final hidden
+states, where the head's own gradient is that of all tokens, or of the logits, whose norms are what
+``scoring="error_norm"`` is. The backward pass of them goes on
 
 - through everything;
 - through the drawn tokens' own layers, and from their attention down the residual streams of the
@@ -44,6 +45,8 @@ class Way(NamedTuple):
         goes_through: ``"everything"``, ``"residuals"`` of the others, or ``"drawn"`` tokens alone.
         layer: Part of a layer's output that is drawn anew; None for all.
         by_norm: Whether rows are drawn by the norms of their gradients, or uniformly.
+        of_logits: Whether those are of the logits, and not of the final hidden states.
+        power: Of the weights: 1 makes the gradient unbiased, less makes it less noisy.
         sequences: Part of the batch.
     """
 
@@ -52,6 +55,8 @@ class Way(NamedTuple):
     goes_through: str = "everything"
     layer: float | None = None
     by_norm: bool = True
+    of_logits: bool = False
+    power: float = 1.0
     sequences: float = 1.0
 
 
@@ -64,6 +69,11 @@ WAYS = (
         for ratio in (0.5, 0.25)
         for way in ("everything", "residuals", "drawn")
     ),
+    Way("0.5, of the logits", last=0.5, goes_through="residuals", of_logits=True),
+    Way("0.25, of the logits", last=0.25, goes_through="residuals", of_logits=True),
+    Way("0.5, of the logits, power 0.5", 0.5, "residuals", of_logits=True, power=0.5),
+    Way("0.25, of the logits, power 0.5", 0.25, "residuals", of_logits=True, power=0.5),
+    Way("0.5, of the logits, power 0", 0.5, "residuals", of_logits=True, power=0.0),
     Way("0.25 of the tokens, uniformly", last=0.25, by_norm=False),
     Way("0.25 of the tokens, and of each layer", last=0.25, layer=0.25),
 )
@@ -72,8 +82,8 @@ WAYS = (
 class Draw:
     """Rows that a backward pass draws, and begins with."""
 
-    def __init__(self, ratio: float, *, by_norm: bool) -> None:
-        self.ratio, self.by_norm = ratio, by_norm
+    def __init__(self, ratio: float, *, by_norm: bool = True, power: float = 1.0) -> None:
+        self.ratio, self.by_norm, self.power = ratio, by_norm, power
         self.weight_BS1: Tensor
 
     def __call__(self, grad: Tensor) -> Tensor:
@@ -85,6 +95,9 @@ class Draw:
         priority_BS = q_BS / torch.rand_like(q_BS).clamp_(min=1e-7)
         tau = priority_BS.flatten().topk(int(self.ratio * q_BS.numel()) + 1).values[-1]
         weight_BS = torch.where(priority_BS > tau, (tau / q_BS).clamp(min=1.0), 0.0)
+        if self.power != 1.0:  # as much in all as unbiased ones are
+            powers_BS = torch.where(weight_BS > 0, weight_BS**self.power, 0.0)
+            weight_BS = powers_BS * weight_BS.sum() / powers_BS.sum()
         self.weight_BS1 = weight_BS[..., None]
         return grad * self.weight_BS1.to(grad.dtype)
 
@@ -115,11 +128,11 @@ def restrict(model: Any, way: Way) -> None:
     """Changes the backward pass of a Llama."""
     if way.last is None:
         return
-    last = Draw(way.last, by_norm=way.by_norm)
-    change_gradient(model.model.norm, last)
+    last = Draw(way.last, by_norm=way.by_norm, power=way.power)
+    change_gradient(model.lm_head if way.of_logits else model.model.norm, last)
     layers = model.model.layers
     for layer in layers[:-1] if way.layer is not None else ():
-        change_gradient(layer, Draw(way.layer, by_norm=True))
+        change_gradient(layer, Draw(way.layer))
     if way.goes_through == "everything":
         return
     for layer in layers:
