@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cggr.torch.model
 from cggr.torch import CGGRModel as RoutedModel
 from cggr.torch import create_truncated_router
-from cggr.torch.row_linear import BackwardRows, selected_backward
+from cggr.torch.backward_rows import BackwardRows, selected_backward
 
 CGGRModel = functools.partial(RoutedModel, split="backward")
 # What a layer adds to the residual stream, before any norm of it.
@@ -389,13 +389,13 @@ def adapt(kind, **options):
     ("change", "message"),
     [
         (replace_forward, "own forward, which was replaced on a LlamaDecoderLayer of Llama"),
-        (replace_class, r"got layers\.1\.self_attn\.o_proj of class Linear4bit of Llama"),
+        (replace_class, r"got self_attn\.o_proj of class Linear4bit in layer 1 of Llama"),
         (
             lambda model: nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj),
-            r"got layers\.0\.mlp\.up_proj\.parametrizations\.weight of class Param",
+            r"got mlp\.up_proj\.parametrizations\.weight of class Param",
         ),
-        (adapt("LoHa"), r"got layers\.0\.self_attn\.o_proj of class Linear of Llama"),
-        (adapt("Lora", use_dora=True), r"got layers\.0\.self_attn\.o_proj of class Linear of"),
+        (adapt("LoHa"), r"got self_attn\.o_proj of class Linear in layer 0 of Llama"),
+        (adapt("Lora", use_dora=True), r"got self_attn\.o_proj of class Linear in layer 0 of"),
         (
             functools.partial(enable_checkpointing, reentrant=False),
             "keeps what a dense step keeps, and LlamaForCausalLM is",
@@ -468,9 +468,9 @@ def test_adapters_of_keys_have_gradients_of_all_tokens(adapter):
     config = peft.LoraConfig(r=4, target_modules=["k_proj", "o_proj"])
     peft.get_peft_model(model, config, adapter_name=adapter)
     split = CGGRModel(model, **OFF)._token_split
-    assert len(split.linears_of_rows) == models.LAYERS * 7  # with two of the adapter
+    of_rows, _ = split._linears_of_rows
+    assert len(of_rows) == models.LAYERS * 7  # with two of the adapter
     twin = split._twin.root.layers[0].self_attn
-    of_rows = split.linears_of_rows
     for name in ("base_layer", f"lora_A.{adapter}", f"lora_B.{adapter}"):
         assert twin.o_proj.get_submodule(name) in of_rows
         assert twin.k_proj.get_submodule(name) not in of_rows

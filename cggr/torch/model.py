@@ -19,6 +19,7 @@ from cggr.spec import RoutingConfig, Selection
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
+from cggr.torch.backward_rows import BackwardRows
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import aligned_targets, checked_targets
 from cggr.torch.refusal import refusal, sharded_alone
@@ -34,7 +35,6 @@ from cggr.torch.router import (
 )
 from cggr.torch.routing import process_rank
 from cggr.torch.row_inputs import complaint
-from cggr.torch.row_linear import BackwardRows
 from cggr.torch.scorer import CGGRScorer, Scores
 from cggr.torch.selected import SelectedRows, every_row, fill_unused, reduce_loss, selected_rows
 from cggr.torch.token_split import TokenSplit, compiler_of, runs_as_parts

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from cggr.torch.backward_rows import BackwardRows, selected_backward
 from cggr.torch.functional import in_autocast_dtype
-from cggr.torch.row_linear import BackwardRows, selected_backward
 
 
 class RowConv1D(Conv1D):

@@ -3,73 +3,23 @@
 Their products are made once for two passes, or in float8 in the first; or they are made of all
 tokens, and the backward pass is of some.
 
-Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``N = B S`` tokens in all, of
-which ``R`` rows are; ``D`` inputs, ``F`` outputs.
+Shapes: ``B`` sequences of ``S`` tokens, of which ``C`` are selected; ``D`` inputs, ``F`` outputs.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cggr.torch.backward_rows import BackwardRows, selected_backward
 from cggr.torch.functional import in_autocast_dtype
-from cggr.torch.selected import differentiable_once
 
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = torch.finfo(_FLOAT8).max
 _FLOAT8_MULTIPLE = 16  # of the sizes that the products take
-
-
-class BackwardRows(NamedTuple):
-    """Which rows the backward pass is of, known only when the forward pass has ended.
-
-    A forward pass is given this memory, and :meth:`choose` writes it before the backward pass. A
-    backward pass that reads a copy of what it was before makes NaN of all gradients: such as
-    ``torch.autograd.graph.save_on_cpu`` around a compiled model makes.
-
-    Attributes:
-        row_R: int64, the rows of N; 0 in unused slots.
-        used_R1: bool, False in unused slots.
-        slot_N: int64, where a row is among the R; R for all others.
-        fault: float32 scalar, NaN until the rows are chosen, then 0.
-    """
-
-    row_R: Tensor
-    used_R1: Tensor
-    slot_N: Tensor
-    fault: Tensor
-
-    @classmethod
-    def of_size(cls, n_slots: int, n_rows: int, device: torch.device) -> BackwardRows:
-        """R slots for some of N rows."""
-        return cls(
-            torch.zeros(n_slots, dtype=torch.int64, device=device),
-            torch.zeros(n_slots, 1, dtype=torch.bool, device=device),
-            torch.full((n_rows,), n_slots, dtype=torch.int64, device=device),
-            torch.full((), torch.nan, device=device),
-        )
-
-    def fit(self, x: Tensor) -> bool:
-        """Whether `x` has the batch's rows, and not such as were sent to an expert."""
-        return x.shape[:-1].numel() == self.slot_N.shape[0]
-
-    def choose(self, mask_N: Tensor) -> None:
-        """The rows where the mask is True, at most R of them, in ascending order."""
-        n_slots, n_rows = self.row_R.shape[0], mask_N.shape[0]
-        count_N = mask_N.cumsum(dim=0)
-        slot_N = torch.where(mask_N, count_N - 1, n_slots)
-        place_N = torch.arange(n_rows, device=mask_N.device)
-        row_R = place_N.new_zeros(n_slots + 1).scatter(0, slot_N, place_N)[:n_slots]
-        used_R = torch.arange(n_slots, device=mask_N.device) < count_N[-1]
-        # By way of `data`, which leaves the versions alone: to write what a backward pass is to
-        # read is what this is for.
-        self.row_R.data.copy_(torch.where(used_R, row_R, 0))
-        self.used_R1.data.copy_(used_R[:, None])
-        self.slot_N.data.copy_(slot_N)
-        self.fault.data.zero_()
 
 
 class RowLinear(nn.Linear):
@@ -193,69 +143,3 @@ class _KnownProduct(torch.autograd.Function):
             gradient_RF.sum(dim=0) if ctx.needs_input_grad[2] else None,
             None,
         )
-
-
-def selected_backward(
-    x_BSD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, rows: BackwardRows
-) -> Tensor:
-    """``x weight^T + bias`` of all rows; gradients take the chosen rows of the output's alone."""
-    output: Tensor = _SelectedBackward.apply(x_BSD, weight_FD, bias_F, *rows)
-    return output
-
-
-# The rows are chosen between forward and backward pass. A compiler finds that what depends on them
-# and not on a gradient, such as these rows of a layer's inputs, could be had in the forward pass.
-@torch.library.custom_op(
-    "cggr::when_chosen", mutates_args=(), schema="(Tensor row, Tensor gradient) -> Tensor"
-)
-def _when_chosen(row: Tensor, gradient: Tensor) -> Tensor:
-    return row.clone()
-
-
-@_when_chosen.register_fake
-def _(row: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(row)
-
-
-class _SelectedBackward(torch.autograd.Function):
-    """``x weight^T + bias``, with gradients of some rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BSD: Tensor,
-        weight_FD: Tensor,
-        bias_F: Tensor | None,
-        row_R: Tensor,
-        used_R1: Tensor,
-        slot_N: Tensor,
-        fault: Tensor,
-    ) -> Tensor:
-        rows = row_R, used_R1, slot_N, fault
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(x_BSD, weight_FD, *rows)
-        else:  # where hooks of saved tensors, which may copy them, do not get hold of the rows
-            ctx.save_for_backward(x_BSD, weight_FD)
-            ctx.rows = rows
-        return F.linear(x_BSD, weight_FD, bias_F)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, gradient_BSF: Tensor) -> tuple[Tensor | None, ...]:
-        x_BSD, weight_FD, *rows = ctx.saved_tensors
-        if not rows:  # those of a layer on another device
-            rows = [x.to(gradient_BSF.device) for x in ctx.rows]
-        row_R, used_R1, slot_N, fault = rows
-        gradient_RF = gradient_BSF.flatten(0, -2).index_select(0, row_R)
-        gradient_RF = torch.where(used_R1, gradient_RF, fault)
-        d_x, d_weight, d_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            d_x_RD = gradient_RF @ weight_FD
-            # The rows that are not chosen take the zeros behind the last slot.
-            d_x = F.pad(d_x_RD, (0, 0, 0, 1)).index_select(0, slot_N).view(x_BSD.shape)
-        if ctx.needs_input_grad[1]:
-            row_R = _when_chosen(row_R, gradient_RF)
-            d_weight = gradient_RF.T @ x_BSD.flatten(0, -2).index_select(0, row_R)
-        if ctx.needs_input_grad[2]:
-            d_bias = gradient_RF.sum(dim=0)
-        return d_x, d_weight, d_bias, None, None, None, None

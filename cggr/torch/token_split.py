@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from cggr.torch.backward_rows import BackwardRows, linears_of_rows
 from cggr.torch.cut import Cut
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import in_autocast_dtype
@@ -25,16 +26,11 @@ from cggr.torch.refusal import is_flash, refusal
 from cggr.torch.rotary import keep_angles
 from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
-from cggr.torch.row_linear import BackwardRows, RowLinear
+from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
 from cggr.torch.selected import Scored, SelectedRows
 from cggr.torch.twin import Twin
 
-if TYPE_CHECKING:
-    from cggr.torch.row_conv1d import RowConv1D
-
-# Linear layers of attention that have no part in the keys and values, which all tokens read.
-_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "dense", "c_proj"}
 # Where layers of transformers and peft keep a probability, or one for each adapter.
 _DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
 
@@ -99,8 +95,7 @@ class TokenSplit:
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = self._new_twin()
-        self.linears_of_rows: list[RowLinear | RowConv1D] = []
-        self._of_all_rows: str | None = None
+        self._linears_of_rows: tuple[list[Any], str | None] | None = None
         self._root: nn.Module | None = None  # of the twin that what follows was made for
         self._compiled: dict[nn.Module, Any] = {}
         self._cuts: dict[int, Cut] = {}
@@ -120,7 +115,7 @@ class TokenSplit:
             self._root = self._twin.root
             keep_angles(self._root)
             self._modules = list(self._root.modules())  # to walk the tree takes long
-            self.linears_of_rows = []
+            self._linears_of_rows = None
             self._cuts, self._compiled = {}, {}
         # Whether every module runs its own parts, and so would run others in their place.
         self.can_be_cut = not self._twin.bypassed()
@@ -139,8 +134,8 @@ class TokenSplit:
             cut.beginning.refresh()
             cut.rest.refresh()
         for module in self._modules:
-            if self._is_of_rows(module):
-                cast(RowLinear, module).forget()  # the products of a step that failed
+            if isinstance(module, self._kinds):
+                module.forget()  # the products of a step that failed
         self._float8_linears = (
             [linear for linear in self._row_linears(0) if linear.fits_float8()]
             if self.float8
@@ -157,7 +152,7 @@ class TokenSplit:
 
         from cggr.torch.row_conv1d import RowConv1D
 
-        self._classes: tuple[Any, ...] = RowLinear, RowConv1D
+        self._kinds: Any = (RowLinear, RowConv1D)
         return Twin(self.router.base, {nn.Linear: RowLinear, Conv1D: RowConv1D})
 
     def follow(self) -> None:
@@ -192,13 +187,14 @@ class TokenSplit:
                     f"split='backward' runs the modules' own forward, which was replaced on a "
                     f"{type(module).__name__} of {name}: split='sequence' can be had."
                 )
-        if not self.linears_of_rows:
-            self._find_linears_of_rows()
-        if self._of_all_rows is not None:
+        if self._linears_of_rows is None:
+            self._linears_of_rows = linears_of_rows(self._layers, self._kinds)
+        _, other = self._linears_of_rows
+        if other is not None:
             raise ValueError(
                 f"split='backward' needs layers of class nn.Linear, or transformers' Conv1D, and "
-                f"adapters of kind LoRA without DoRA, got {self._of_all_rows} of {name}: "
-                f"split='token' can be had."
+                f"adapters of kind LoRA without DoRA, got {other} of {name}: split='token' can be "
+                f"had."
             )
 
     def cut(self, depth: int) -> Cut:
@@ -308,11 +304,14 @@ class TokenSplit:
             model_inputs: As of :meth:`record`.
             shape: Likewise.
             synchronise: Likewise.
-            backward_rows: What the backward pass of :meth:`linears_of_rows` is of; it has to be
-                chosen before. None for everything.
+            backward_rows: What the backward pass of :func:`linears_of_rows` is of, after
+                :meth:`check_backward`; it has to be chosen before. None for everything.
         """
         dense = self._dense(model_inputs, shape, synchronise=synchronise)
-        linears = self.linears_of_rows if backward_rows is not None else []
+        linears: list[Any] = []
+        if backward_rows is not None:
+            assert self._linears_of_rows is not None  # by check_backward
+            linears, _ = self._linears_of_rows
         for linear in linears:
             linear.backward_rows = backward_rows
         try:
@@ -321,41 +320,6 @@ class TokenSplit:
         finally:
             for linear in linears:
                 linear.backward_rows = None
-
-    def _find_linears_of_rows(self) -> None:
-        """Finds what the gradient of a token passes only if it is that token's output's.
-
-        Of what is not for keys and values, the linear layers, and what else has such weights.
-        """
-        beside_keys = self._beside_keys()
-        self.linears_of_rows = [cast(RowLinear, x) for _, x in beside_keys if self._is_of_rows(x)]
-        others = (path for path, x in beside_keys if not self._is_of_rows(x) and _has_weights(x))
-        self._of_all_rows = next(others, None)
-
-    def _is_of_rows(self, module: nn.Module) -> bool:
-        return isinstance(module, self._classes)
-
-    def _beside_keys(self) -> list[tuple[str, nn.Module]]:
-        """Modules of the layers, by their paths, but those of keys and values."""
-        found = []
-        for i, layer in enumerate(self._layers):
-            modules = dict(layer.named_modules())
-            attention = tuple(
-                f"{name}." for name, x in modules.items() if "Attention" in type(x).__name__
-            )
-            adapted: dict[str, str] = {}  # by what is in it, the projection of an adapter
-            for name, module in modules.items():
-                parent = name.rpartition(".")[0]
-                projection = str(adapted.get(parent, name))
-                if projection != name or "base_layer" in module._modules:
-                    adapted[name] = projection
-                own = projection.rpartition(".")[2]
-                has_weight = bool(module._parameters) or name in adapted
-                of_keys = projection.startswith(attention) and own not in _OF_QUERIES
-                if not (of_keys and has_weight):
-                    kind = type(module).__name__
-                    found.append((f"{self.router.layers_path}.{i}.{name} of class {kind}", module))
-        return found
 
     def judged(
         self,
@@ -591,15 +555,6 @@ class TokenSplit:
             _attribute("gradient_checkpointing", False, others),
         ):
             yield
-
-
-def _has_weights(module: nn.Module) -> bool:
-    """Whether it mixes what a token has, by weights of its own or as an adapter other than LoRA."""
-    kind = type(module).__module__
-    if kind.startswith("peft.tuners."):
-        is_lora = kind.startswith("peft.tuners.lora.")
-        return not is_lora or bool(module._modules.get("lora_magnitude_vector"))
-    return any(x is not None and x.dim() > 1 for x in module._parameters.values())
 
 
 def _checkpoints(module: nn.Module) -> bool:
