@@ -206,7 +206,6 @@ def with_lane(table, **options):
             "lane mine: micro_batches must divide the batch of 16 sequences, got 3",
         ),
         ({"checkpointed": 1}, "lane mine: checkpointed must be True or False, got 1"),
-        ({"split": "backward", "checkpointed": True}, "lane mine: split 'backward' keeps what a "),
         ({"router_layers": "2"}, "lane mine: router_layers must be 1 or more, got '2'"),
         ({"router_layers": 5}, "lane mine: router_layers 5 is more than the model's 4 layers"),
         ({"scoring": "luck"}, "lane mine: scoring must be one of 'entropy', "),

@@ -127,6 +127,27 @@ def test_loss_and_gradients_of_a_step(name, attention, selections):
         assert 0 < selection.mask.sum() < selection.mask.numel() / 2
 
 
+@of_peft
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_layers_that_run_again_run_for_the_selected_tokens(name, attention, selections):
+    model = build(name, attention)
+    enable_checkpointing(model, reentrant=False)
+    wrapped = CGGRModel(model, selection="importance", min_tokens_ratio=0.4, **OFF)
+    ids = models.token_ids(3, 12)
+    labels = models.labels_for(name, ids)
+    selections.clear()
+    losses = [wrapped(ids, labels=labels) for _ in range(2)]  # of which each has its own rows
+    sum(losses).backward()
+    actual = gradients(model)
+    targets = shifted(name, labels)
+    expected = dict.fromkeys(actual, 0.0)
+    for selection in list(selections):
+        weight = weights_of(selection, wrapped.config, (targets != -100).sum())
+        _, found = reference(model, selection.mask, weight, targets, input_ids=ids)
+        expected = {name: g + found[name] for name, g in expected.items()}
+    assert_same_gradients(actual, expected)
+
+
 @pytest.mark.parametrize("capacity", ["exact", "static"])
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize(
@@ -255,8 +276,12 @@ def test_compiled_as_a_whole(selections):
         assert_same_gradients(*found)
 
 
-def test_its_products_are_of_the_selected_rows():
+@of_peft
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_its_products_are_of_the_selected_rows(checkpointed):
     model = models.build("llama", num_key_value_heads=1)
+    if checkpointed:
+        enable_checkpointing(model, reentrant=False)
     wrapped = CGGRModel(model, selection="random", min_tokens_ratio=0.25, **OFF)
     ids = models.token_ids(4, 16)
     with FlopCounterMode(display=False) as forward:
@@ -276,7 +301,8 @@ def test_its_products_are_of_the_selected_rows():
 
     head = 2 * model.lm_head.weight.numel()  # whose logits are made again to go back from
     assert products(forward) == 64 * (per_row + of_keys) + 16 * head
-    assert products(backward) == 2 * (16 * per_row + 64 * of_keys) + 3 * 16 * head
+    made_again = 16 * per_row + 64 * of_keys if checkpointed else 0
+    assert products(backward) == made_again + 2 * (16 * per_row + 64 * of_keys) + 3 * 16 * head
 
 
 @of_peft
@@ -397,8 +423,8 @@ def adapt(kind, **options):
         (adapt("LoHa"), r"got self_attn\.o_proj of class Linear in layer 0 of Llama"),
         (adapt("Lora", use_dora=True), r"got self_attn\.o_proj of class Linear in layer 0 of"),
         (
-            functools.partial(enable_checkpointing, reentrant=False),
-            "keeps what a dense step keeps, and LlamaForCausalLM is",
+            functools.partial(enable_checkpointing, reentrant=True),
+            "use_reentrant=False and not compiled, and LlamaForCausalLM has another",
         ),
     ],
 )

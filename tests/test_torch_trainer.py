@@ -1,6 +1,5 @@
 """CGGRTrainer and TRL's SFTTrainer: the loss, the schedule, what is saved, and resuming."""
 
-import dataclasses
 import functools
 import json
 
@@ -194,10 +193,17 @@ def test_mixed_precision_is_entered_around_the_routed_step(tmp_path):
     torch.testing.assert_close(losses(ran)[:2], losses(exact)[:2], rtol=0.02, atol=0)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    plain = trainer(tmp_path)
+@pytest.mark.parametrize("split", ["token", "backward"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, split):
+    plain = trainer(tmp_path, split=split)
     plain.train()
-    ran = trainer(tmp_path, gradient_checkpointing=True)
+    kwargs = {"use_reentrant": False}
+    ran = trainer(
+        tmp_path,
+        split=split,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=kwargs,
+    )
     ran.train()
     torch.testing.assert_close(losses(ran), losses(plain), rtol=1e-5, atol=1e-5)
 
@@ -409,16 +415,6 @@ def test_no_two_forwards_have_the_same_draw(tmp_path):
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
         trainer(tmp_path, label_smoothing_factor=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_checkpointing_is_refused_where_it_would_save_nothing(tmp_path):
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    option = next(
-        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields
-    )
-    with pytest.raises(ValueError, match=f"{option} must be False with routing.'split'. = 'backw"):
-        trainer(tmp_path, split="backward", **{option: True})
 
 
 def test_encoder_decoders_and_learned_prompts_are_refused(tmp_path):

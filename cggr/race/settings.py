@@ -131,11 +131,6 @@ class LaneSettings:
             raise RaceError(
                 f"lane {self.name}: checkpointed must be True or False, got {self.checkpointed!r}"
             )
-        if self.checkpointed and self.split == "backward":
-            raise RaceError(
-                f"lane {self.name}: split 'backward' keeps what a dense step keeps, so it cannot "
-                "be checkpointed"
-            )
         try:
             self.routing(seed=0)
         except (TypeError, ValueError) as error:

@@ -31,12 +31,15 @@ class BackwardRows(NamedTuple):
         used_R1: bool, False in unused slots.
         slot_N: int64, where a row is among the R; R for all others.
         fault: float32 scalar, NaN until the rows are chosen, then 0.
+        again: Whether layers run again, in the backward pass, for these rows alone: the outputs of
+            others are zeros.
     """
 
     row_R: Tensor
     used_R1: Tensor
     slot_N: Tensor
     fault: Tensor
+    again: bool = False
 
     @classmethod
     def of_size(cls, n_slots: int, n_rows: int, device: torch.device) -> BackwardRows:
@@ -90,6 +93,11 @@ def _(row: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(row)
 
 
+def _in_their_places(rows_RX: Tensor, slot_N: Tensor) -> Tensor:
+    """Rows ``(N, X)``, where those that are not chosen take the zeros behind the last slot."""
+    return F.pad(rows_RX, (0, 0, 0, 1)).index_select(0, slot_N)
+
+
 class _SelectedBackward(torch.autograd.Function):
     """``x weight^T + bias``, with gradients of some rows."""
 
@@ -103,6 +111,7 @@ class _SelectedBackward(torch.autograd.Function):
         used_R1: Tensor,
         slot_N: Tensor,
         fault: Tensor,
+        again: bool,
     ) -> Tensor:
         rows = row_R, used_R1, slot_N, fault
         if torch.compiler.is_compiling():
@@ -110,7 +119,11 @@ class _SelectedBackward(torch.autograd.Function):
         else:  # where hooks of saved tensors, which may copy them, do not get hold of the rows
             ctx.save_for_backward(x_BSD, weight_FD)
             ctx.rows = rows
-        return F.linear(x_BSD, weight_FD, bias_F)
+        if not again:
+            return F.linear(x_BSD, weight_FD, bias_F)
+        x_RD = x_BSD.flatten(0, -2).index_select(0, row_R)
+        output_RF = F.linear(x_RD, weight_FD, bias_F)
+        return _in_their_places(output_RF, slot_N).view(*x_BSD.shape[:-1], -1)
 
     @staticmethod
     @differentiable_once
@@ -123,15 +136,13 @@ class _SelectedBackward(torch.autograd.Function):
         gradient_RF = torch.where(used_R1, gradient_RF, fault)
         d_x, d_weight, d_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            d_x_RD = gradient_RF @ weight_FD
-            # The rows that are not chosen take the zeros behind the last slot.
-            d_x = F.pad(d_x_RD, (0, 0, 0, 1)).index_select(0, slot_N).view(x_BSD.shape)
+            d_x = _in_their_places(gradient_RF @ weight_FD, slot_N).view(x_BSD.shape)
         if ctx.needs_input_grad[1]:
             row_R = _when_chosen(row_R, gradient_RF)
             d_weight = gradient_RF.T @ x_BSD.flatten(0, -2).index_select(0, row_R)
         if ctx.needs_input_grad[2]:
             d_bias = gradient_RF.sum(dim=0)
-        return d_x, d_weight, d_bias, None, None, None, None
+        return d_x, d_weight, d_bias, None, None, None, None, None
 
 
 def linears_of_rows(

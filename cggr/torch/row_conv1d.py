@@ -15,7 +15,7 @@ from cggr.torch.functional import in_autocast_dtype
 class RowConv1D(Conv1D):
     """Like :class:`~cggr.torch.row_linear.RowLinear`, of one pass."""
 
-    backward_rows: BackwardRows | None
+    backward_rows: BackwardRows | None = None
 
     def forget(self) -> None:
         """The state between steps."""

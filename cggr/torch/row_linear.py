@@ -44,7 +44,7 @@ class RowLinear(nn.Linear):
     length: int
     kept: tuple[Tensor | None, ...]
     in_float8: bool
-    backward_rows: BackwardRows | None
+    backward_rows: BackwardRows | None = None
 
     def forget(self) -> None:
         """The state between steps, also of a layer that was not made by its constructor."""

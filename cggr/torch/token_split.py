@@ -11,6 +11,7 @@ Shapes: ``B`` sequences of ``S`` tokens; ``C`` slots in each; ``D`` hidden size,
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +35,19 @@ from cggr.torch.twin import Twin
 # Where layers of transformers and peft keep a probability, or one for each adapter.
 _DROPOUTS = ("attention_dropout", "module_dropout", "rank_dropout")
 
+# Models whose layers add to the residual stream what no norm comes after.
+_PRE_NORM = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "cohere",
+    "granite",
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+)
 
 # To record states or attention, transformers adds hooks to modules, which twins share.
 _PLAIN = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
@@ -174,12 +188,11 @@ class TokenSplit:
                 stream would pass the gradient of all tokens; the message names it.
         """
         name = type(self._source).__name__
-        if self._checkpointed(self._twin.root) or any(
-            type(module).__name__ == "CheckpointWrapper" for module in self._modules
-        ):
+        if (reason := self._cannot_run_again()) is not None:
             raise ValueError(
-                f"split='backward' keeps what a dense step keeps, and {name} is under gradient "
-                f"checkpointing: disable it, or use split='token', which needs less memory."
+                f"split='backward' takes gradient checkpointing by transformers, with "
+                f"use_reentrant=False and not compiled, and {name} {reason}: change that, or use "
+                f"split='token'."
             )
         for module in self._modules:
             if "forward" in vars(module) and "_orig_mod" not in module._modules:
@@ -196,6 +209,18 @@ class TokenSplit:
                 f"adapters of kind LoRA without DoRA, got {other} of {name}: split='token' can be "
                 f"had."
             )
+
+    def _cannot_run_again(self) -> str | None:
+        """Why layers under gradient checkpointing cannot be run for some rows; None if they can."""
+        if any(type(module).__name__ == "CheckpointWrapper" for module in self._modules):
+            return "has a CheckpointWrapper"
+        layers = self._checkpointed(self._twin.root)
+        if layers and self._compile is not None:
+            return "is compiled"
+        for layer in filter(_is_layer, layers):
+            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", 1):
+                return "has another"
+        return None
 
     def cut(self, depth: int) -> Cut:
         """The model cut after so many layers, made once, as compilers could not make it."""
@@ -308,18 +333,27 @@ class TokenSplit:
                 :meth:`check_backward`; it has to be chosen before. None for everything.
         """
         dense = self._dense(model_inputs, shape, synchronise=synchronise)
-        linears: list[Any] = []
-        if backward_rows is not None:
-            assert self._linears_of_rows is not None  # by check_backward
-            linears, _ = self._linears_of_rows
-        for linear in linears:
-            linear.backward_rows = backward_rows
-        try:
+        if backward_rows is None:
             with self._second_pass():
                 return self._base(dense, self._twin.root)
-        finally:
-            for linear in linears:
-                linear.backward_rows = None
+        assert self._linears_of_rows is not None  # by check_backward
+        linears, _ = self._linears_of_rows
+        # What adds to the residual stream and is not normed has no say in others' gradients.
+        again = backward_rows._replace(again=self._source.config.model_type in _PRE_NORM)
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), _attribute("backward_rows", again, linears)
+
+        layers: list[Any] = [x for x in self._checkpointed(self._twin.root) if _is_layer(x)]
+        call = None
+        if layers:
+            call = functools.partial(layers[0]._gradient_checkpointing_func, context_fn=contexts)
+        with (
+            _attribute("backward_rows", backward_rows, linears),
+            _attribute("_gradient_checkpointing_func", call, layers),
+            self._second_pass(),
+        ):
+            return self._base(dense, self._twin.root)
 
     def judged(
         self,

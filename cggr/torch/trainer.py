@@ -109,7 +109,7 @@ class CGGRTrainer(Trainer):
         if "model" in self._routing:
             raise ValueError("routing must not have 'model', which is the trainer's.")
         super().__init__(*args, **kwargs)
-        if complaint := _complaint(self, router, self._routing.get("split")):
+        if complaint := _complaint(self, router):
             raise ValueError(complaint)
         if isinstance(router, nn.Module):
             router.to(self.args.device)
@@ -345,7 +345,7 @@ def _uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _complaint(trainer: Any, router: Any, split: Any) -> str | None:
+def _complaint(trainer: Any, router: Any) -> str | None:
     """Why a routed step cannot do what the trainer is asked for, None if it can."""
     args, parallelism = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     if args.n_gpu > 1:
@@ -364,13 +364,6 @@ def _complaint(trainer: Any, router: Any, split: Any) -> str | None:
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: a routed loss "
             f"is of the labels themselves."
         )
-    # The second is its name before transformers 5.20.
-    for option in ("activation_checkpointing", "gradient_checkpointing"):
-        if split == "backward" and getattr(args, option, None):
-            return (
-                f"{option} must be False with routing['split'] = 'backward', which keeps what a "
-                f"dense step keeps; split 'token' needs less memory."
-            )
     if getattr(args, "loss_type", "nll") == "dft":
         return "loss_type must be 'nll', got 'dft': the routed loss takes its place."
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
