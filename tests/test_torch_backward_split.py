@@ -1,5 +1,6 @@
 """split="backward": one forward pass, and a backward pass of the selected tokens' rows."""
 
+import collections
 import contextlib
 import functools
 import re
@@ -46,6 +47,17 @@ def compiling(test):
     ):
         test = pytest.mark.filterwarnings(message)(test)
     return pytest.mark.float64(test)
+
+
+def counting(backend, graphs):
+    """A backend that counts what it compiles."""
+    compile_by = torch._dynamo.lookup_backend(backend)
+
+    def counted(graph, inputs):
+        graphs["compiled"] += 1
+        return compile_by(graph, inputs)
+
+    return counted
 
 
 @pytest.fixture
@@ -257,6 +269,69 @@ def test_compiled(name, backend, selections):
         check_step(wrapped, model, name, selections, ids, input_ids=ids)
 
 
+@of_peft
+@compiling
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama", "aot_eager"),
+        ("gpt2", "aot_eager_decomp_partition"),
+        ("gemma2", "aot_eager_decomp_partition"),
+        ("qwen3", "inductor"),
+    ],
+)
+def test_compiled_layers_that_run_again(name, backend, selections):
+    torch.compiler.reset()
+    model = models.build(name)
+    enable_checkpointing(model, reentrant=False)
+    graphs = collections.Counter()
+    inner = torch.compile(model, backend=counting(backend, graphs), dynamic=False)
+    wrapped = CGGRModel(
+        inner, selection="importance", min_tokens_ratio=0.3, capacity="static", **OFF
+    )
+    for seed in range(3):
+        ids = models.token_ids(3, 12, seed=seed)
+        check_step(wrapped, model, name, selections, ids, input_ids=ids)
+    # One of the pass without gradient and one of that with it; GPT-2's layers know their numbers.
+    assert graphs["compiled"] == (2 * models.LAYERS if name == "gpt2" else 2)
+
+
+@of_peft
+@compiling
+def test_compiled_layers_without_a_gradient_before_them(selections):
+    torch.compiler.reset()
+    model = models.build("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    enable_checkpointing(model, reentrant=False)
+    inner = torch.compile(model, backend="aot_eager", dynamic=False)
+    wrapped = CGGRModel(inner, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped(ids, labels=ids).backward()
+    actual = gradients(model)
+    assert actual["model.layers.0.self_attn.q_proj.weight"].any()
+    model.zero_grad()
+    wrapped.scorer.draw_count.zero_()
+    plain = CGGRModel(model, selection="importance", min_tokens_ratio=0.3, **OFF)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(ids, labels=ids).backward()
+    assert_same_gradients(actual, gradients(model), tolerance=0.03)
+
+
+@of_peft
+def test_compiled_layers_that_cannot_run_again():
+    for options, message in (
+        ({"resid_pdrop": 0.1}, "is compiled, and has dropout"),
+        ({}, "is compiled, and has hooks at its layers"),
+    ):
+        model = models.build("gpt2", **options)
+        enable_checkpointing(model, reentrant=False)
+        if not options:
+            model.transformer.h[1].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=message):
+            CGGRModel(torch.compile(model), **OFF)
+
+
 @compiling
 def test_compiled_as_a_whole(selections):
     torch.compiler.reset()
@@ -424,7 +499,7 @@ def adapt(kind, **options):
         (adapt("Lora", use_dora=True), r"got self_attn\.o_proj of class Linear in layer 0 of"),
         (
             functools.partial(enable_checkpointing, reentrant=True),
-            "use_reentrant=False and not compiled, and LlamaForCausalLM has another",
+            "use_reentrant=False, and LlamaForCausalLM has another",
         ),
     ],
 )

@@ -197,9 +197,7 @@ class CompiledLane(TorchLane):
 
     def _route(self, seed: int) -> CGGRModel:
         lane = self.lane
-        inner: Any = self.model
-        if not (lane.split == "backward" and lane.checkpointed):  # which is captured alone
-            inner = torch.compile(self.model, dynamic=False)
+        inner: Any = torch.compile(self.model, dynamic=False)
         self._steps: dict[Any, CapturedStep] = {}
         self._ends: deque[torch.cuda.Event] = deque()
         if lane.split == "dense":

@@ -62,8 +62,9 @@ class CGGRModel(nn.Module):
     goes on to the layers below along those tokens' residual streams, and not through their own
     layers. A gradient closer to the dense one than the token split's, whose forward pass runs
     twice; for the memory of a dense step. Under gradient checkpointing by transformers, with
-    ``use_reentrant=False`` and not compiled, layers run again for the selected tokens alone (in
-    Gemma, BERT and RoBERTa for all). For the same models but Falcon.
+    ``use_reentrant=False``, layers run again for the selected tokens alone (in Gemma, BERT and
+    RoBERTa for all); if the model is compiled, its gradients are then to be had by ``backward()``
+    and not by ``torch.autograd.grad``. For the same models but Falcon.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;

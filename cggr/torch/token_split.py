@@ -29,6 +29,7 @@ from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
+from cggr.torch.run_again import RunAgain, has_hooks
 from cggr.torch.selected import Scored, SelectedRows
 from cggr.torch.twin import Twin
 
@@ -106,6 +107,7 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = compiler_of(model)
+        self._run_again = RunAgain(self._compile or (lambda function: function))
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = self._new_twin()
@@ -191,8 +193,7 @@ class TokenSplit:
         if (reason := self._cannot_run_again()) is not None:
             raise ValueError(
                 f"split='backward' takes gradient checkpointing by transformers, with "
-                f"use_reentrant=False and not compiled, and {name} {reason}: change that, or use "
-                f"split='token'."
+                f"use_reentrant=False, and {name} {reason}: change that, or use split='token'."
             )
         for module in self._modules:
             if "forward" in vars(module) and "_orig_mod" not in module._modules:
@@ -214,10 +215,14 @@ class TokenSplit:
         """Why layers under gradient checkpointing cannot be run for some rows; None if they can."""
         if any(type(module).__name__ == "CheckpointWrapper" for module in self._modules):
             return "has a CheckpointWrapper"
-        layers = self._checkpointed(self._twin.root)
+        layers = [x for x in self._checkpointed(self._twin.root) if _is_layer(x)]
         if layers and self._compile is not None:
-            return "is compiled"
-        for layer in filter(_is_layer, layers):
+            if has_hooks(layers):
+                return "is compiled, and has hooks at its layers"
+            if any(module.training and _draws(module) for module in self._modules):
+                return "is compiled, and has dropout"
+            return None
+        for layer in layers:
             if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", 1):
                 return "has another"
         return None
@@ -345,9 +350,13 @@ class TokenSplit:
             return contextlib.nullcontext(), _attribute("backward_rows", again, linears)
 
         layers: list[Any] = [x for x in self._checkpointed(self._twin.root) if _is_layer(x)]
-        call = None
-        if layers:
-            call = functools.partial(layers[0]._gradient_checkpointing_func, context_fn=contexts)
+        if layers and self._compile is not None:
+            call: Any = functools.partial(self._run_again, lambda: contexts()[1])
+            with _attribute("_gradient_checkpointing_func", call, layers), self._second_pass():
+                return call_model(self._twin.root, dense | _PLAIN)[0]
+        call = layers and functools.partial(
+            layers[0]._gradient_checkpointing_func, context_fn=contexts
+        )
         with (
             _attribute("backward_rows", backward_rows, linears),
             _attribute("_gradient_checkpointing_func", call, layers),
