@@ -350,6 +350,11 @@ class TokenSplit:
             return contextlib.nullcontext(), _attribute("backward_rows", again, linears)
 
         layers: list[Any] = [x for x in self._checkpointed(self._twin.root) if _is_layer(x)]
+        if layers and torch.compiler.is_compiling():
+            raise ValueError(
+                "split='backward' under gradient checkpointing cannot be compiled as a whole: give "
+                "CGGRModel the model that torch.compile made."
+            )
         if layers and self._compile is not None:
             call: Any = functools.partial(self._run_again, lambda: contexts()[1])
             with _attribute("_gradient_checkpointing_func", call, layers), self._second_pass():
