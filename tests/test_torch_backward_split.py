@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import itertools
 import re
 
 import models
@@ -277,6 +278,7 @@ def test_compiled(name, backend, selections):
         ("llama", "aot_eager"),
         ("gpt2", "aot_eager_decomp_partition"),
         ("gemma2", "aot_eager_decomp_partition"),
+        ("gptj", "aot_eager"),  # whose layers return tuples
         ("qwen3", "inductor"),
     ],
 )
@@ -294,6 +296,73 @@ def test_compiled_layers_that_run_again(name, backend, selections):
         check_step(wrapped, model, name, selections, ids, input_ids=ids)
     # One of the pass without gradient and one of that with it; GPT-2's layers know their numbers.
     assert graphs["compiled"] == (2 * models.LAYERS if name == "gpt2" else 2)
+
+
+@of_peft
+@compiling
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", ["checkpointing", "mode"])
+def test_some_layers_run_again(change, compiled, selections):
+    torch.compiler.reset()
+    model = models.build("llama")
+    enable_checkpointing(model, reentrant=False)
+    inner = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
+    wrapped = CGGRModel(inner, selection="importance", min_tokens_ratio=0.3, **OFF)
+    if change == "mode":
+        model.model.layers[1].eval()
+    else:
+        model.model.layers[1].gradient_checkpointing = False
+    ids = models.token_ids(3, 12)
+    check_step(wrapped, model, "llama", selections, ids, input_ids=ids)
+
+
+@of_peft
+@compiling
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_backward_pass(compiled):
+    torch.compiler.reset()
+    model = models.build("llama")
+    enable_checkpointing(model, reentrant=False)
+    inner = torch.compile(model, backend="eager", dynamic=False) if compiled else model
+    wrapped = CGGRModel(inner, selection="importance", min_tokens_ratio=0.3, **OFF)
+    ids = models.token_ids(3, 12)
+    loss = wrapped(ids, labels=ids)
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    assert_same_gradients(gradients(model), {name: 2 * g for name, g in once.items()})
+
+
+@of_peft
+@compiling
+def test_compiled_layers_that_are_frozen():
+    torch.compiler.reset()
+    model = models.build("llama")
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    ids = models.token_ids(3, 12)
+    embeds = model.model.embed_tokens(ids).detach()
+    found = []
+    enable_checkpointing(model, reentrant=False)
+    for inner in (torch.compile(model, backend="eager"), model):
+        model.zero_grad()
+        wrapped = CGGRModel(inner, selection="topk", min_tokens_ratio=0.3, **OFF)
+        wrapped(inputs_embeds=embeds, labels=ids).backward()
+        found.append(gradients(model))
+    assert found[0]["model.layers.2.self_attn.q_proj.weight"].any()
+    assert_same_gradients(*found)
+
+
+@of_peft
+@compiling
+def test_compiled_layers_take_no_other_gradient():
+    model = build("llama", "eager")
+    enable_checkpointing(model, reentrant=False)
+    wrapped = CGGRModel(torch.compile(model, backend="eager"), **OFF)
+    ids = models.token_ids(3, 12)
+    mask = torch.ones(3, 1, 12, 12, requires_grad=True).exp()
+    with pytest.raises(ValueError, match="takes no other input than hidden states that was comp"):
+        wrapped(ids, labels=ids, attention_mask=mask)
 
 
 @of_peft
@@ -476,6 +545,14 @@ def replace_class(model):
     model.model.layers[1].self_attn.o_proj.__class__ = Linear4bit
 
 
+def checkpoint_by_own_context(model):
+    enable_checkpointing(model, reentrant=False)
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = functools.partial(
+            layer._gradient_checkpointing_func, context_fn=lambda: None
+        )
+
+
 def adapt(kind, **options):
     def change(model):
         peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -497,6 +574,7 @@ def adapt(kind, **options):
         ),
         (adapt("LoHa"), r"got self_attn\.o_proj of class Linear in layer 0 of Llama"),
         (adapt("Lora", use_dora=True), r"got self_attn\.o_proj of class Linear in layer 0 of"),
+        (checkpoint_by_own_context, "Llama.* has a context_fn of its own: change that"),
         (
             functools.partial(enable_checkpointing, reentrant=True),
             "use_reentrant=False, and LlamaForCausalLM has another",
@@ -569,7 +647,7 @@ def test_adapters_of_keys_have_gradients_of_all_tokens(adapter):
     config = peft.LoraConfig(r=4, target_modules=["k_proj", "o_proj"])
     peft.get_peft_model(model, config, adapter_name=adapter)
     split = CGGRModel(model, **OFF)._token_split
-    of_rows, _ = split._linears_of_rows
+    of_rows = list(itertools.chain(*split._linears_of_rows[0]))
     assert len(of_rows) == models.LAYERS * 7  # with two of the adapter
     twin = split._twin.root.layers[0].self_attn
     for name in ("base_layer", f"lora_A.{adapter}", f"lora_B.{adapter}"):

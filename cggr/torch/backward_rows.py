@@ -6,7 +6,8 @@ inputs, ``F`` outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,9 +146,22 @@ class _SelectedBackward(torch.autograd.Function):
         return d_x, d_weight, d_bias, None, None, None, None, None
 
 
+@contextlib.contextmanager
+def backward_of(rows: BackwardRows | None, linears: Sequence[Any]) -> Iterator[None]:
+    """Meanwhile the backward passes of these layers are of these rows."""
+    before = [linear.backward_rows for linear in linears]
+    try:
+        for linear in linears:
+            linear.backward_rows = rows
+        yield
+    finally:
+        for linear, old in zip(linears, before, strict=True):
+            linear.backward_rows = old
+
+
 def linears_of_rows(
     layers: Iterable[nn.Module], kinds: tuple[type[nn.Module], ...]
-) -> tuple[list[Any], str | None]:
+) -> tuple[list[list[Any]], str | None]:
     """Linear layers through which a token's gradient comes from that token's output alone.
 
     All but those of keys and values, or of what is made together with them.
@@ -157,14 +171,16 @@ def linears_of_rows(
         kinds: Classes of linear layers whose backward pass can be of some rows.
 
     Returns:
-        Those layers, and which other module has such weights, and so would pass the gradient of all
-        tokens; None if there is none.
+        Those of each layer, and which other module has such weights, and so would pass the gradient
+        of all tokens; None if there is none.
     """
-    found, other = [], None
+    found: list[list[Any]] = []
+    other = None
     for i, layer in enumerate(layers):
+        found.append([])
         for name, module in _beside_keys(layer):
             if isinstance(module, kinds):
-                found.append(module)
+                found[-1].append(module)
             elif other is None and _has_weights(module):
                 other = f"{name} of class {type(module).__name__} in layer {i}"
     return found, other

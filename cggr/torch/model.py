@@ -64,7 +64,7 @@ class CGGRModel(nn.Module):
     twice; for the memory of a dense step. Under gradient checkpointing by transformers, with
     ``use_reentrant=False``, layers run again for the selected tokens alone (in Gemma, BERT and
     RoBERTa for all); if the model is compiled, its gradients are then to be had by ``backward()``
-    and not by ``torch.autograd.grad``. For the same models but Falcon.
+    of all parameters, and not by ``torch.autograd.grad``. For the same models but Falcon.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;

@@ -65,13 +65,13 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
-    def checked(ctx: Any, grad: Tensor) -> Any:
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "create_graph=True: the gradient of this loss cannot be differentiated again. "
                 "That of CGGRLoss can where CGGR_IMPLEMENTATION=eager."
             )
-        return once(ctx, grad)
+        return once(ctx, *gradients)
 
     return checked
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from cggr.torch.backward_rows import BackwardRows, linears_of_rows
+from cggr.torch.backward_rows import BackwardRows, backward_of, linears_of_rows
 from cggr.torch.cut import Cut
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import in_autocast_dtype
@@ -29,7 +29,7 @@ from cggr.torch.router import call_model, own_router, room_for_graphs, unwrapped
 from cggr.torch.row_inputs import any_of, split_inputs, take
 from cggr.torch.row_linear import RowLinear
 from cggr.torch.row_masks import RowMasks, Visible
-from cggr.torch.run_again import RunAgain, has_hooks
+from cggr.torch.run_again import Repeated, RunAgain, has_hooks, layer_of
 from cggr.torch.selected import Scored, SelectedRows
 from cggr.torch.twin import Twin
 
@@ -107,7 +107,7 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = compiler_of(model)
-        self._run_again = RunAgain(self._compile or (lambda function: function))
+        self._compiled_layers = RunAgain(self._compile or (lambda function: function))
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = self._new_twin()
@@ -223,8 +223,11 @@ class TokenSplit:
                 return "is compiled, and has dropout"
             return None
         for layer in layers:
-            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", 1):
+            keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+            if keywords.get("use_reentrant", True):
                 return "has another"
+            if "context_fn" in keywords:
+                return "has a context_fn of its own"
         return None
 
     def cut(self, depth: int) -> Cut:
@@ -342,32 +345,43 @@ class TokenSplit:
             with self._second_pass():
                 return self._base(dense, self._twin.root)
         assert self._linears_of_rows is not None  # by check_backward
-        linears, _ = self._linears_of_rows
-        # What adds to the residual stream and is not normed has no say in others' gradients.
-        again = backward_rows._replace(again=self._source.config.model_type in _PRE_NORM)
-
-        def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), _attribute("backward_rows", again, linears)
-
+        per_layer, _ = self._linears_of_rows
+        linears = [linear for of_layer in per_layer for linear in of_layer]
         layers: list[Any] = [x for x in self._checkpointed(self._twin.root) if _is_layer(x)]
         if layers and torch.compiler.is_compiling():
             raise ValueError(
                 "split='backward' under gradient checkpointing cannot be compiled as a whole: give "
                 "CGGRModel the model that torch.compile made."
             )
-        if layers and self._compile is not None:
-            call: Any = functools.partial(self._run_again, lambda: contexts()[1])
-            with _attribute("_gradient_checkpointing_func", call, layers), self._second_pass():
-                return call_model(self._twin.root, dense | _PLAIN)[0]
-        call = layers and functools.partial(
-            layers[0]._gradient_checkpointing_func, context_fn=contexts
-        )
         with (
-            _attribute("backward_rows", backward_rows, linears),
-            _attribute("_gradient_checkpointing_func", call, layers),
+            backward_of(backward_rows, linears),
+            _attribute(
+                "_gradient_checkpointing_func", self._run_again(backward_rows, layers), layers
+            ),
             self._second_pass(),
         ):
+            if layers and self._compile is not None:  # which the layers are by themselves
+                return call_model(self._twin.root, dense | _PLAIN)[0]
             return self._base(dense, self._twin.root)
+
+    def _run_again(self, rows: BackwardRows, layers: Sequence[Any]) -> Callable[..., Any]:
+        """What checkpoints these layers, which are to run again for these rows."""
+        assert self._linears_of_rows is not None
+        own = {layer: layer._gradient_checkpointing_func for layer in layers}
+        linears_of = dict(zip(self._layers, self._linears_of_rows[0], strict=True))
+        # What adds to the residual stream and is not normed has no say in others' gradients.
+        rows = rows._replace(again=self._source.config.model_type in _PRE_NORM)
+
+        def checkpoint(call: functools.partial[Any], *inputs: Any) -> Any:
+            layer = layer_of(call)
+            again = Repeated(lambda: backward_of(rows, linears_of[layer]))
+            if self._compile is not None:
+                with backward_of(None, linears_of[layer]):
+                    return self._compiled_layers(call, *inputs, again=again)
+            contexts = contextlib.nullcontext(), again
+            return own[layer](call, *inputs, context_fn=lambda: contexts)
+
+        return checkpoint
 
     def judged(
         self,
