@@ -107,7 +107,7 @@ class TokenSplit:
         self._check()
         self.router = own_router(model)
         self._compile = compiler_of(model)
-        self._compiled_layers = RunAgain(self._compile or (lambda function: function))
+        self._compiled_layers = None if self._compile is None else RunAgain(self._compile)
         self._project: Any = None
         self._masks = RowMasks(self._source, compiled=self._compile is not None)
         self._twin = self._new_twin()
@@ -375,7 +375,7 @@ class TokenSplit:
         def checkpoint(call: functools.partial[Any], *inputs: Any) -> Any:
             layer = layer_of(call)
             again = Repeated(lambda: backward_of(rows, linears_of[layer]))
-            if self._compile is not None:
+            if self._compiled_layers is not None:
                 with backward_of(None, linears_of[layer]):
                     return self._compiled_layers(call, *inputs, again=again)
             contexts = contextlib.nullcontext(), again
