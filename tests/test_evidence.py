@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-import cggr.torch.model
 from cggr.cli import main
 from cggr.torch import CGGRModel
 
@@ -161,14 +160,9 @@ def test_a_power_of_the_weights_keeps_their_sum(sampled):
 
 
 @pytest.mark.parametrize(("split", "way"), [("backward", "residuals"), ("token", "drawn")])
-def test_a_restricted_backward_pass_is_that_of_a_split(sampled, split, way, monkeypatch):
-    selections = []
-    select = cggr.torch.model.select_at_ratio
-    monkeypatch.setattr(
-        cggr.torch.model,
-        "select_at_ratio",
-        lambda *args, **kwargs: selections.append(select(*args, **kwargs)) or selections[-1],
-    )
+def test_a_restricted_backward_pass_is_that_of_a_split(
+    sampled, selections, split, way, monkeypatch
+):
     ids = models.token_ids(3, 9)
     routed, plain = models.build("llama"), models.build("llama")
     wrapped = CGGRModel(

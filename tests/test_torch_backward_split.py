@@ -21,11 +21,11 @@ from token_steps import (
     of_peft,
     shifted,
     token_losses,
+    weights_of,
 )
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import cggr.torch.model
 from cggr.torch import CGGRModel as RoutedModel
 from cggr.torch import create_truncated_router
 from cggr.torch.backward_rows import BackwardRows, selected_backward
@@ -61,33 +61,6 @@ def counting(backend, graphs):
     return counted
 
 
-@pytest.fixture
-def selections(monkeypatch):
-    """Those of the steps."""
-    found = []
-    select = cggr.torch.model.select_at_ratio
-
-    def listening(*args, **kwargs):
-        found.append(select(*args, **kwargs))
-        return found[-1]
-
-    monkeypatch.setattr(cggr.torch.model, "select_at_ratio", listening)
-    return found
-
-
-def weights_of(selection, config, n_eligible):
-    """Weight of every token in the loss ``(B, S)``."""
-    mask = selection.mask
-    if config.selection != "importance":
-        return mask / mask.sum().clamp(min=1)
-    n_slots = mask.numel() if config.scope == "batch" else mask.shape[1]
-    rows = 1 if config.scope == "batch" else mask.shape[0]
-    weight = torch.zeros(rows, n_slots + 1, dtype=selection.weights.dtype)
-    index = selection.indices.long().reshape(rows, -1)
-    weight.scatter_(1, index, selection.weights.reshape(rows, -1))
-    return weight[:, :-1].reshape(mask.shape) / n_eligible
-
-
 def reference(model, mask, weight, targets, **inputs):
     """Loss and gradients of a dense forward in which unselected tokens' additions are constants."""
     mask_BS1 = mask[..., None]
@@ -112,20 +85,7 @@ def reference(model, mask, weight, targets, **inputs):
     return loss.detach(), found
 
 
-def check_step(wrapped, model, name, selections, labels, tolerance=1e-5, **inputs):
-    """A training step against the reference; returns the selection."""
-    selections.clear()
-    model.zero_grad()
-    loss = wrapped(labels=labels, **inputs)
-    loss.backward()
-    actual = gradients(model)
-    (selection,) = selections
-    targets = shifted(name, labels, inputs.get("attention_mask"))
-    weight = weights_of(selection, wrapped.config, (targets != -100).sum().clamp(min=1))
-    expected_loss, expected = reference(model, selection.mask, weight, targets, **inputs)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
-    assert_same_gradients(actual, expected, tolerance)
-    return selection
+check_step = functools.partial(token_steps.check_step, against=reference)
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

@@ -208,7 +208,9 @@ def test_what_peft_does_itself_is_refused():
             CGGRModel(model)
     wrapped = CGGRModel(lora(models.build("llama"), target_modules=["q_proj"]), **OFF)
     ids = models.token_ids(2, 8)
-    with pytest.raises(ValueError, match=r"^adapter_names cannot be given with split="):
+    with pytest.raises(
+        ValueError, match=r"^adapter_names cannot be given with split='token' or 'b"
+    ):
         wrapped(ids, labels=ids, adapter_names=["default", "default"])
 
 
@@ -233,10 +235,10 @@ def test_every_adapter_that_is_taken_exists():
     [
         (
             {"past_key_values": object()},
-            "past_key_values cannot be given with split=",
+            "past_key_values cannot be given with split='token' or 'backward'",
         ),
-        ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split="),
-        ({"is_causal": False}, "is_causal cannot be given with split="),
+        ({"logits_to_keep": 2}, "logits_to_keep cannot be given with split='token' or 'backward'"),
+        ({"is_causal": False}, "is_causal cannot be given with split='token' or 'backward'"),
     ],
     ids=["cache", "logits", "is_causal"],
 )

@@ -124,16 +124,19 @@ def reference(model, mask, weight, targets, **inputs):
 
 def weights_of(selection, config, n_eligible):
     """Weight of every token in the loss ``(B, S)``."""
-    mask = selection.mask
+    mask, index = selection.mask, selection.indices.long()
     if config.selection != "importance":
-        return mask / mask.sum()
-    weight = torch.zeros(mask.shape[0], mask.shape[1] + 1, device=mask.device)
-    weight.scatter_(1, selection.indices.long(), selection.weights)
-    return weight[:, :-1] / n_eligible
+        return mask / mask.sum().clamp(min=1)
+    groups = 1 if index.dim() == 1 else mask.shape[0]  # of the batch, or of each sequence
+    weight = torch.zeros(groups, mask.numel() // groups + 1, device=mask.device)
+    weight.scatter_(1, index.view(groups, -1), selection.weights.view(groups, -1))
+    return weight[:, :-1].reshape(mask.shape) / n_eligible
 
 
-def check_step(wrapped, model, name, selections, labels, tolerance=1e-5, **inputs):
-    """A training step's loss and gradients against the reference; returns the selection."""
+def check_step(
+    wrapped, model, name, selections, labels, tolerance=1e-5, against=reference, **inputs
+):
+    """A training step's loss and gradients against a reference; returns the selection."""
     selections.clear()
     model.zero_grad()
     loss = wrapped(labels=labels, **inputs)
@@ -144,7 +147,7 @@ def check_step(wrapped, model, name, selections, labels, tolerance=1e-5, **input
     targets = shifted(name, labels, mask2d)
     n_eligible = (targets != -100).sum()
     weight = weights_of(selection, wrapped.config, n_eligible)
-    expected_loss, expected = reference(model, selection.mask, weight, targets, **inputs)
+    expected_loss, expected = against(model, selection.mask, weight, targets, **inputs)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
     assert_same_gradients(actual, expected, tolerance)
     return selection
