@@ -11,6 +11,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 from models import build
+from processes import leave
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -214,7 +215,7 @@ def main() -> None:
                     rows.append({"trainer": split} | case | train(split, **case))
     if dist.get_rank() == 0:
         print(json.dumps({"world": world, "device": device.type, "rows": rows}))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

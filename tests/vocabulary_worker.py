@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import build
+from processes import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -326,7 +327,7 @@ def main() -> None:
     found = {"rows": rows, "statistics": distances, "misuse": misuse(line)}
     if dist.get_rank() == 0:
         print(json.dumps({"world": world, "device": device} | found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
