@@ -1,4 +1,4 @@
-"""The command line, ``cggr``: race, score, show, bench and info."""
+"""The command line, ``cggr``: race, advise, score, show, bench and info."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
         "or 'cggr[race-jax]' for JAX"
     ) from None
 
-from cggr import __version__
+from cggr import RoutingConfig, __version__
 from cggr.bench.settings import BENCHMARKS, BenchError, BenchSettings
 from cggr.race.settings import (
     BACKENDS,
@@ -468,6 +468,42 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
         f"{output}: {found['n_selected']:,} of {found['n_tokens']:,} tokens selected, of loss "
         f"{found['selected_loss']:.3f}; of all {found['loss']:.3f} nats"
     )
+
+
+@main.command(context_settings={"show_default": True})
+@_options(
+    _MODEL,
+    _TEXT,
+    click.option(
+        "--scoring",
+        type=click.Choice([name for name in SCORINGS if name != "excess_loss"]),
+        default="error_norm",
+        help="Of the selection.",
+    ),
+    click.option(
+        "--importance-floor",
+        type=click.FloatRange(1e-30, 1e30),
+        default=RoutingConfig().importance_floor,
+        help="Added to every score.",
+    ),
+    click.option("--tokens", "n_tokens", type=_POSITIVE, default=65536, help="Tokens to score."),
+    click.option("--context", type=click.IntRange(min=2), default=512, help="Tokens a sequence."),
+    click.option("--batch-size", type=_POSITIVE, default=8),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+)
+def advise(**options: Any) -> None:
+    """Say what training a model on drawn tokens of a text would be worth, and at which ratio.
+
+    Scores some of the text by the model as it is, trains nothing, and compares what drawn tokens
+    are worth with the operations that their steps take.
+    """
+    try:
+        from cggr.advise import advise_text
+    except ModuleNotFoundError as error:
+        raise click.UsageError(
+            f"cggr advise needs {error.name}: pip install 'cggr[race]'"
+        ) from None
+    advise_text(**options, console=Console())
 
 
 @main.command()

@@ -47,6 +47,12 @@ def sampled():
     del sys.modules["sampled_backward"]
 
 
+@pytest.fixture
+def noise():
+    yield load("gradient_noise")
+    del sys.modules["gradient_noise"]
+
+
 def test_there_are_configurations():
     assert {path.stem for path in CONFIGURATIONS} > {"scratch", "finetune", "noise", "original"}
 
@@ -54,7 +60,8 @@ def test_there_are_configurations():
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_a_configuration_is_a_race(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("texts/python", "texts/cpp", "runs/base/model", "runs/reference/model"):
+    models = (f"runs/{name}/model" for name in ("base", "base_wide", "reference"))
+    for folder in ("texts/python", "texts/cpp", "texts/clients", *models):
         (tmp_path / folder).mkdir(parents=True)
     started = []
     monkeypatch.setattr(
@@ -105,7 +112,7 @@ def test_sources_are_texts_of_their_kind_once(texts, tmp_path):
 
 
 def test_another_text_is_refused(texts, tmp_path, monkeypatch):
-    for name in ("python", "cpp"):
+    for name in ("python", "cpp", "clients"):
         (tmp_path / name).mkdir()
     (tmp_path / "python" / "a.py").write_text("a = 1\n")
     monkeypatch.setattr(sys, "argv", ["texts.py", str(tmp_path)])
@@ -118,7 +125,7 @@ def test_another_text_is_refused(texts, tmp_path, monkeypatch):
 
 
 def test_every_wheel_is_pinned_with_its_licence():
-    for name in ("python", "cpp"):
+    for name in ("python", "cpp", "clients"):
         lines = (EVIDENCE / f"texts_{name}.txt").read_text().splitlines()
         pins = [line for line in lines if not line.startswith("#")]
         assert len(pins) > 10
@@ -248,3 +255,44 @@ def test_a_lane_that_cannot_be_compiled_is_named(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Study, "call", lambda *_: False)
     recorded(study, ["finetune"], tmp_path, monkeypatch)
     assert "finetune: mine was not compiled" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.fixture
+def measured(noise):
+    """Gradients of a tiny model's batches."""
+    torch.manual_seed(0)
+    ids = [torch.randint(3, 60, (8, 6)) for _ in range(24)]
+    return noise.Measured(models.build("llama").eval(), ids[:8], ids[8:])
+
+
+def test_distances_are_in_units_of_the_weights_and_their_mean_is_the_bias(measured):
+    away_P = torch.linspace(-1, 1, len(measured.unit_P)) * measured.unit_P.rsqrt()
+    found = measured.distances("shifted", lambda ids: measured.dense(ids) + away_P, draws=2)
+    square = torch.linspace(-1, 1, len(away_P)).square().sum().item()
+    assert found.distance == pytest.approx(square, rel=1e-4)
+    assert found.bias == pytest.approx(square, rel=1e-4)
+    found = measured.distances("dense", measured.dense, draws=1)
+    assert measured.worth(found) == pytest.approx(1.0)
+
+
+def test_half_of_the_sequences_are_worth_half(measured):
+    assert measured.worth(measured.distances("half", measured.half, draws=3)) == pytest.approx(
+        0.5, abs=0.07
+    )
+
+
+@pytest.mark.parametrize("through", ["everything", "backward", "token"])
+def test_all_tokens_by_any_way_are_worth_all(noise, measured, through):
+    way = noise.Way("importance", 1.0, through)
+    found = measured.distances(through, measured.of_way(way), draws=1)
+    assert measured.worth(found) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_uniform_draws_are_worth_their_ratio_less_the_layers_that_are_left_out(noise, measured):
+    worth = {}
+    for through in ("everything", "backward", "token"):
+        way = noise.Way("random", 0.5, through)
+        worth[through] = measured.worth(measured.distances(through, measured.of_way(way), draws=4))
+    assert worth["everything"] == pytest.approx(0.5, abs=0.07)
+    assert noise.predicted(noise.Way("random", 0.5, "everything"), []) == "0.500"
+    assert all(0.25 < x < 0.65 for x in worth.values())

