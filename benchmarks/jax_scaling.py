@@ -3,13 +3,16 @@
     python benchmarks/jax_scaling.py --devices 1 2 4
 
 Every device has a batch of its own, of the same size whatever their number; forward and backward in
-one jitted call. The parameters are replicated, or sharded over the mesh by their first axis. On a
-CPU it is a toy model's: whether it runs, not how fast (XLA_FLAGS forces more devices of it).
+one jitted call. The parameters are replicated, or sharded over the mesh by their first axis, and
+XLA divides the work; or, per device, jax.shard_map does, inside which the kernels run on many
+devices as they do on one. On a CPU it is a toy model's: whether it runs, not how fast (XLA_FLAGS
+forces more devices of it).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +34,7 @@ from cggr.jax import CGGRModel
 from cggr.race import machine
 
 STEPS = 5
-WRAPPERS = ("replicated", "sharded")
+WRAPPERS = ("replicated", "sharded", "per device")
 
 
 def make_step(wrapper: str, way: str, case: StepCase, devices: int) -> Callable[[], Any]:
@@ -51,7 +54,7 @@ def make_step(wrapper: str, way: str, case: StepCase, devices: int) -> Callable[
             min_tokens_ratio=0.25,
             warmup_steps=0,
             dynamic_threshold=False,
-            sharding=batch,
+            sharding=None if wrapper == "per device" else batch,
         )
 
     def place(array: Any) -> Any:
@@ -62,9 +65,36 @@ def make_step(wrapper: str, way: str, case: StepCase, devices: int) -> Callable[
     shape = (devices * case.batch, case.length)
     rng = np.random.default_rng(0)
     ids = jax.device_put(rng.integers(0, case.n_classes, shape, dtype=np.int32), batch)
+    if wrapper == "per device":
+        return step_per_device(routed_shard if way in ROUTED else dense_loss, model, ids, mesh)
     loss = routed_loss if way in ROUTED else dense_loss
     step: Callable[[], Any] = compiled_step(loss, model, ids)[1]
     return step
+
+
+def routed_shard(model: Any, ids: Any) -> Any:
+    """Of a CGGRModel, whose draws are this device's own."""
+    return model(ids, labels=ids, rank=jax.lax.axis_index("data"))
+
+
+def step_per_device(
+    loss: Callable[[Any, Any], Any], model: Any, ids: Any, mesh: jax.sharding.Mesh
+) -> Callable[[], Any]:
+    """Every device its own part of the batch, and the mean of their gradients."""
+    from flax import nnx
+
+    definition, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def local(parameters: Any, rest: Any, ids: Any) -> Any:
+        def mean(parameters: Any) -> Any:
+            model = nnx.merge(definition, parameters, rest, copy=True)
+            return jax.lax.pmean(loss(model, ids), "data")
+
+        return jax.value_and_grad(mean)(parameters)
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+    compiled = jax.jit(sharded).lower(parameters, rest, ids).compile()
+    return functools.partial(compiled, parameters, rest, ids)
 
 
 def seconds(step: Callable[[], Any], rounds: int) -> list[float]:

@@ -16,7 +16,7 @@ FORCED = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORM
     ("script", "option", "wrappers"),
     [
         ("scaling", "--processes", ("ddp", "fsdp", "fsdp, kept")),
-        ("jax_scaling", "--devices", ("replicated", "sharded")),
+        ("jax_scaling", "--devices", ("replicated", "sharded", "per device")),
     ],
 )
 def test_speed_of_each_way_is_set_against_one_process(script, option, wrappers, tmp_path):

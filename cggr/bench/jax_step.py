@@ -79,11 +79,16 @@ def routed_loss(model: Any, ids: Array) -> Array:
 
 
 def compiled_step(loss: Callable[[Any, Array], Array], model: Any, ids: Array) -> Any:
-    """From the model's state to loss, gradients and the state of all that is no parameter."""
+    """From the model's state to loss, gradients and the state of all that is no parameter.
+
+    Gradients come out as the parameters lie, which is how an optimizer wants them: else every
+    device would have to have all of those of parameters that are spread over devices.
+    """
     import jax
     from flax import nnx
 
     definition, state = nnx.split(model)
+    of_parameters = jax.tree.map(lambda x: x.sharding, nnx.state(model, nnx.Param))
 
     def step(state: Any, ids: Array) -> Any:
         model = nnx.merge(definition, state)
@@ -91,7 +96,8 @@ def compiled_step(loss: Callable[[Any, Array], Array], model: Any, ids: Array) -
         value, gradients = nnx.value_and_grad(loss, argnums=differentiated)(model, ids)
         return value, gradients, nnx.state(model, nnx.Not(nnx.Param))
 
-    compiled = jax.jit(step).lower(state, ids).compile()
+    placed = (None, of_parameters, None)
+    compiled = jax.jit(step, out_shardings=placed).lower(state, ids).compile()
     return compiled, functools.partial(compiled, state, ids)
 
 
