@@ -8,12 +8,14 @@ from jax.sharding import PartitionSpec as P
 from test_jax_sharding import (
     SELECTIONS,
     assert_close,
+    backward_split_model,
     check_inside_shard_map,
     fully_sharded,
     gradient_of,
     make_model,
     spread,
     token_split_model,
+    unlike_batch,
 )
 from tiny_nnx import token_batch
 
@@ -28,10 +30,10 @@ def on():
 
 
 @pytest.mark.parametrize("place", ["replicated", "fully sharded"])
-@pytest.mark.parametrize("make", [make_model, token_split_model])
+@pytest.mark.parametrize("make", [make_model, token_split_model, backward_split_model])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_gradients_are_those_of_one_gpu(on, selection, make, place):
-    ids = token_batch(batch=32)
+    ids = unlike_batch()
     expected = gradient_of(make(selection), ids)
     assert all(x.devices() == {GPUS[0]} for x in jax.tree.leaves(expected))
     model = make(selection)
@@ -51,7 +53,7 @@ def test_the_selected_sequences_are_spread_over_the_gpus(on):
     )
 
 
-@pytest.mark.parametrize("make", [make_model, token_split_model])
+@pytest.mark.parametrize("make", [make_model, token_split_model, backward_split_model])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_inside_shard_map_every_gpu_selects_of_its_own(on, selection, make):
     check_inside_shard_map(on, make, selection)

@@ -243,7 +243,6 @@ def test_a_mistake_in_a_lane_that_does_not_race_is_one_too():
         ({"warmup_steps": 5}, "warmup_steps"),
         ({"micro_batches": 2}, "micro_batches"),
         ({"checkpointed": True}, "checkpointed"),
-        ({"split": "backward"}, "split 'backward'"),
     ],
 )
 def test_what_is_for_torch_alone(table, option):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,12 @@ from jax.typing import ArrayLike
 
 from cggr.jax import dispatch
 from cggr.jax.attention import at_positions, missing_for_rows, record_pass, row_pass
+from cggr.jax.backward_rows import (
+    BackwardRows,
+    linears_of_rows,
+    loss_of_chosen,
+    set_backward_rows,
+)
 from cggr.jax.functional import (
     aligned_targets,
     checked_logits,
@@ -32,12 +39,14 @@ from cggr.jax.functional import (
 from cggr.jax.router import TruncatedRouter, logits_of
 from cggr.jax.routing import RoutedModule, selection_metrics
 from cggr.jax.scorer import Scores, checked_module, checked_shift, score, with_mask
-from cggr.jax.selected import SelectedRows, every_row, reduce_loss
+from cggr.jax.selected import SelectedRows, every_row, reduce_loss, selected_rows
 from cggr.spec import RoutingConfig
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import ONE
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("auto", "token", "backward", "sequence")
 
 
 class CGGRModel(RoutedModule):
@@ -105,8 +114,8 @@ class CGGRModel(RoutedModule):
         **options: Any,
     ) -> None:
         super().__init__(config, **options)
-        if split not in ("auto", "sequence", "token"):
-            raise ValueError(f"split must be 'auto', 'sequence' or 'token', got {split!r}.")
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}.")
         self.model = checked_module("model", model)
         self.split = _possible_split(split, model, options)
         if self.split == "token":
@@ -183,11 +192,14 @@ class CGGRModel(RoutedModule):
             if self.split == "token":
                 inputs = _with_positions(inputs, targets.shape)
             total, rows = self._loss_sum(inputs, targets, None, "labels")
-        elif self.split == "token":
+        elif self.split != "sequence":
             if self.config.selects_all:  # one dense pass does
                 total, rows = self._every_token_sum(inputs, targets, eligible, reference_nll)
             else:
-                total, rows = self._token_loss_sum(inputs, targets, eligible, rank, reference_nll)
+                loss_sum = (
+                    self._token_loss_sum if self.split == "token" else self._backward_loss_sum
+                )
+                total, rows = loss_sum(inputs, targets, eligible, rank, reference_nll)
         else:
             inputs, targets, weight_C = self._select(inputs, targets, eligible, rank, reference_nll)
             total, rows = self._loss_sum(
@@ -287,7 +299,9 @@ class CGGRModel(RoutedModule):
         reference_nll: ArrayLike | None,
     ) -> tuple[Array, SelectedRows]:
         """``Σ nll`` over all tokens, in a training step."""
-        located = _with_positions(inputs, targets.shape)
+        located = dict(inputs)
+        if self.split == "token":
+            located = _with_positions(inputs, targets.shape)
         logits = checked_logits(logits_of(self.model(located.pop("input_ids"), **located)))
         scores = None
         if self._scores() and self.router is None and self.truncation is None:
@@ -398,6 +412,79 @@ class CGGRModel(RoutedModule):
         logits_RV = rows.take(logits)
         return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
 
+    def _backward_loss_sum(
+        self,
+        inputs: dict[str, Any],
+        targets: Array,
+        eligible: Array,
+        rank: int | Array,
+        reference_nll: ArrayLike | None,
+    ) -> tuple[Array, SelectedRows]:
+        """``Σ w nll`` of the selected tokens, whose rows the backward pass is of."""
+        config, shape = self.config, targets.shape
+        definition, state = nnx.split(self.model)
+        arrays, with_arrays = _arrays_of(inputs)
+        scores = None
+        if self._scores() and not (self.router is None and self.truncation is None):
+            scores = self._score(inputs, targets, reference_nll)
+        size = shape[1] if config.scope == "sequence" else targets.size
+        capacity = self._slots(shape, self._rule)
+
+        def run(state: Any, arrays: Any, rows: BackwardRows) -> tuple[Array, Any]:
+            model = nnx.merge(definition, state, copy=True)
+            set_backward_rows(model, rows, targets.size)
+            located = with_arrays(arrays)
+            logits = checked_logits(logits_of(model(located.pop("input_ids"), **located)))
+            return logits, nnx.state(model, nnx.Not(nnx.Param))
+
+        def choose(arrays: Any, given: Any, logits: Array) -> tuple[BackwardRows, Any, Any]:
+            targets, eligible, scores, reference_nll, step, draw, rank = given
+            targets = checked_targets(
+                targets,
+                logits.shape[:-1],
+                logits.shape[-1],
+                config.ignore_index,
+                name="labels",
+                shifted=self.shift_labels,
+            )
+            if scores is None and self._scores():
+                answer = _Answer(jax.lax.stop_gradient(logits))
+                scores = self._score_by(answer, with_arrays(arrays), targets, reference_nll)
+            scored = _scored(scores)
+            ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
+            selection = select_at_ratio(
+                jnp.zeros(shape, jnp.float32) if scores is None else scores.difficulty,
+                self._rule,
+                ratio,
+                draw=draw,
+                rank=rank,
+                eligible=eligible,
+                capacity=capacity,
+            )
+            rows = selected_rows(selection, targets, config)
+            metrics = selection_metrics(
+                step=step,
+                ratio=ratio,
+                tokens_selected=rows.n_selected,
+                eligible=eligible,
+                **scored,
+            )
+
+            def loss_sum(logits: Array) -> Array:
+                return dispatch.weighted_nll_sum(rows.take(logits), rows.label_R, rows.weight_R)
+
+            return BackwardRows.chosen(selection.indices, size), loss_sum, (rows, metrics)
+
+        step = self.step_count[...].reshape(1)
+        given = (targets, eligible, scores, reference_nll, step, self._next_draw(), rank)
+        total, others, (rows, metrics) = loss_of_chosen(
+            run, choose, state, arrays, given, (targets.size // size, capacity)
+        )
+        nnx.update(self.model, others)
+        self._record(metrics)
+        # A flag of the host's, which a derivative of one's own turns into an array.
+        return total, rows._replace(weighted=config.selection == "importance")
+
     def _take(self, x: Array, index_C: Array) -> Array:
         taken = jnp.take(x, index_C, axis=0, mode="clip")
         sharding = self.sharding
@@ -431,6 +518,21 @@ class CGGRModel(RoutedModule):
         return dispatch.weighted_nll_sum(logits_RV, rows.label_R, rows.weight_R), rows
 
 
+def _arrays_of(inputs: dict[str, Any]) -> tuple[list[Any], Callable[[list[Any]], dict[str, Any]]]:
+    """The arrays among the inputs, and what puts such into their places."""
+    leaves, tree = jax.tree.flatten(inputs)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Array | np.ndarray)]
+
+    def with_arrays(arrays: list[Any]) -> dict[str, Any]:
+        placed = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            placed[i] = x
+        found: dict[str, Any] = jax.tree.unflatten(tree, placed)
+        return found
+
+    return [leaves[i] for i in places], with_arrays
+
+
 class _Answer(nnx.Module):
     """A router that has answered already."""
 
@@ -444,6 +546,15 @@ class _Answer(nnx.Module):
 def _possible_split(split: str, model: nnx.Module, options: dict[str, Any]) -> str:
     """The split that the model and the options allow; refused if another was asked for."""
     if split == "sequence":
+        return split
+    if split == "backward":
+        linears, other = linears_of_rows(model)
+        if other is not None:
+            other = f"{other} has weights and is no nnx.Linear or nnx.LinearGeneral"
+        elif not linears:
+            other = f"{type(model).__name__} has no nnx.Linear or nnx.LinearGeneral"
+        if other is not None:
+            raise ValueError(f"split='backward' cannot be had: {other}.")
         return split
     missing = missing_for_rows(model)
     if options.get("scope") == "batch":

@@ -36,7 +36,7 @@ class SelectedRows(NamedTuple):
     def take(self, rows: Array) -> Array:
         """The selected rows ``(R, X)`` of an array ``(..., X)``; unused slots are 0."""
         rows_NX = rows.reshape(-1, rows.shape[-1])
-        return rows_NX if self.index_GC is None else _take(rows_NX, self.index_GC)
+        return rows_NX if self.index_GC is None else take_rows(rows_NX, self.index_GC)
 
 
 def selected_rows(selection: Selection, targets: Array, config: RoutingConfig) -> SelectedRows:
@@ -54,9 +54,9 @@ def selected_rows(selection: Selection, targets: Array, config: RoutingConfig) -
     if capacity == size:  # a slot for every row: no row needs to move
         weight_R = selection.mask.reshape(-1).astype(jnp.float32)
         if weighted:
-            weight_R = _put(jnp.atleast_2d(selection.weights), index_GC, size)
+            weight_R = put_rows(selection.weights.reshape(-1, 1), index_GC, len(target_N))[:, 0]
         return SelectedRows(None, target_N, weight_R, n_selected, weighted)
-    label_R = _take(target_N[:, None], index_GC)[:, 0]
+    label_R = take_rows(target_N[:, None], index_GC)[:, 0]
     return SelectedRows(index_GC, label_R, selection.weights.reshape(-1), n_selected, weighted)
 
 
@@ -68,7 +68,8 @@ def every_row(targets: Array, ignore_index: int) -> SelectedRows:
     return SelectedRows(None, targets.reshape(-1), weight_R, count, weighted=False)
 
 
-def _take(rows_NX: Array, index_GC: Array) -> Array:
+def take_rows(rows_NX: Array, index_GC: Array) -> Array:
+    """Rows of each group ``(R, X)``; 0 where an index lies beyond it."""
     groups, capacity = index_GC.shape
     size, width = rows_NX.shape[0] // max(groups, 1), rows_NX.shape[1]
     rows_GMX = rows_NX.reshape(groups, size, width)
@@ -78,12 +79,15 @@ def _take(rows_NX: Array, index_GC: Array) -> Array:
     return take(rows_GMX, index_GC).reshape(groups * capacity, width)
 
 
-def _put(weight_GC: Array, index_GC: Array, size: int) -> Array:
-    zeros_M = jnp.zeros_like(weight_GC, shape=(size,))
+def put_rows(rows_RX: Array, index_GC: Array, n_rows: int) -> Array:
+    """The rows in their places among `n_rows` ``(N, X)``, the others 0."""
+    groups, capacity = index_GC.shape
+    width = rows_RX.shape[1]
+    zeros_MX = jnp.zeros_like(rows_RX, shape=(n_rows // max(groups, 1), width))
     put = jax.vmap(
-        lambda index, weight: zeros_M.at[index].set(weight, mode="drop", unique_indices=True)
+        lambda index, rows: zeros_MX.at[index].set(rows, mode="drop", unique_indices=True)
     )
-    return put(index_GC, weight_GC).reshape(-1)
+    return put(index_GC, rows_RX.reshape(groups, capacity, width)).reshape(n_rows, width)
 
 
 def reduce_loss(

@@ -172,7 +172,6 @@ class LaneSettings:
             "warmup_steps": self.warmup_steps > 0,
             "micro_batches": self.micro_batches > 1,
             "checkpointed": self.checkpointed,
-            "split 'backward'": self.split == "backward",
         }
         for option, is_there in has.items():
             if is_there:

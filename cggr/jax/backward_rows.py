@@ -1,0 +1,201 @@
+"""A backward pass of some rows, which are chosen when the forward pass has ended.
+
+Shapes: ``N`` rows, in ``G`` groups of ``M`` with ``C`` slots each, ``R = G C``; ``D`` inputs and
+``F`` outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from cggr.jax.selected import put_rows, take_rows
+
+# Linear layers of attention that have no part in the keys and values, which all tokens read.
+_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "out", "dense", "c_proj"}
+
+
+class BackwardRows(NamedTuple):
+    """Which rows the backward pass is of, known only when the forward pass has ended.
+
+    Attributes:
+        index_GC: int32, rows of each group; unused slots lie beyond M, each at a place of its own.
+        fault: float32 scalar, NaN until the rows are chosen, then 0: a backward pass that was not
+            told of them makes NaN of all gradients.
+    """
+
+    index_GC: Array
+    fault: Array
+
+    @classmethod
+    def waiting(cls, groups: int, capacity: int) -> BackwardRows:
+        """Before they are chosen."""
+        return cls(jnp.zeros((groups, capacity), jnp.int32), jnp.array(jnp.nan, jnp.float32))
+
+    @classmethod
+    def chosen(cls, indices: Array, size: int) -> BackwardRows:
+        """Those of a selection's indices, of which unused ones are M or more."""
+        index_GC = jnp.atleast_2d(indices)
+        slot_C = jnp.arange(index_GC.shape[1], dtype=jnp.int32)
+        index_GC = jnp.where(index_GC < size, index_GC, size + slot_C)
+        return cls(index_GC, jnp.zeros((), jnp.float32))
+
+
+def loss_of_chosen(
+    run: Callable[[Any, Any, BackwardRows], tuple[Array, Any]],
+    choose: Callable[[Any, Any, Array], tuple[BackwardRows, Callable[[Array], Array], Any]],
+    state: Any,
+    arrays: Any,
+    given: Any,
+    slots: tuple[int, int],
+) -> tuple[Array, Any, Any]:
+    """A loss whose backward pass is of rows that the forward pass's result chooses.
+
+    The rows are an argument of the forward pass, which keeps it for the backward pass. Between the
+    two, what was kept of it is replaced by the rows that were chosen: the saved arguments of a VJP
+    object may be edited.
+
+    Args:
+        run: ``(state, arrays, rows) -> logits (..., V), whatever else it makes``.
+        choose: ``(arrays, given, logits) -> rows, a function from logits to the loss, whatever
+            else it makes``.
+        state: Of the model: what has a gradient, and what has none.
+        arrays: Inputs of the model, which have a gradient too.
+        given: Arrays that have none. Like the others they come by argument, since a function that
+            has its own derivative must not capture what a transformation traces.
+        slots: G and C.
+
+    Returns:
+        The loss, and what `run` and `choose` made beside.
+
+    References:
+        https://docs.jax.dev/en/latest/301/vjp-objects.html
+    """
+
+    def forward(state: Any, arrays: Any, given: Any) -> tuple[Any, Any]:
+        waiting = BackwardRows.waiting(*slots)
+        pull: Any  # a VJP object, of which its type says nothing yet
+        logits, pull, of_run = jax.vjp(run, state, arrays, waiting, has_aux=True)
+        rows, loss, of_choice = choose(arrays, given, logits)
+        pull.args_res[2] = rows
+        total, pull_loss = jax.vjp(loss, logits)
+        return (total, of_run, of_choice), (pull, pull_loss)
+
+    @jax.custom_vjp
+    def result(state: Any, arrays: Any, given: Any) -> Any:
+        return forward(state, arrays, given)[0]
+
+    def backward(pulls: Any, cotangents: Any) -> Any:
+        pull, pull_loss = pulls
+        d_state, d_arrays, _ = pull(*pull_loss(cotangents[0]))
+        return d_state, d_arrays, None
+
+    result.defvjp(forward, backward)
+    found: tuple[Array, Any, Any] = result(state, arrays, given)
+    return found
+
+
+def linears_of_rows(model: nnx.Module) -> tuple[list[Any], str | None]:
+    """Linear layers through which a token's gradient comes from that token's output alone.
+
+    All but those of keys and values, or of what is made together with them.
+
+    Returns:
+        Those layers, and which other module has such weights, and so would pass the gradient of all
+        tokens; None if there is none.
+    """
+    found: list[Any] = []
+    other = None
+    for path, module in _beside_keys(model):
+        if type(module) in (nnx.Linear, nnx.LinearGeneral):
+            found.append(module)
+        elif other is None and _has_weights(module):
+            other = f"{'.'.join(map(str, path))} of class {type(module).__name__}"
+    return found, other
+
+
+def set_backward_rows(model: nnx.Module, rows: BackwardRows, n_rows: int) -> None:
+    """Makes the backward passes of a model's linear layers of these rows, for good."""
+    for linear in linears_of_rows(model)[0]:
+        dot_general = linear.dot_general
+        if getattr(linear, "dot_general_cls", None) is not None:  # which goes before the other
+            dot_general, linear.dot_general_cls = linear.dot_general_cls(), None
+        linear.dot_general = functools.partial(
+            _dot_general_of_rows, dot_general or jax.lax.dot_general, rows, n_rows
+        )
+
+
+def _dot_general_of_rows(
+    dot_general: Callable[..., Array],
+    rows: BackwardRows,
+    n_rows: int,
+    x: Array,
+    kernel: Array,
+    dimensions: Any,
+    **options: Any,
+) -> Array:
+    """A linear layer's product, with gradients of the chosen rows."""
+    (of_x, of_kernel), (batch, _) = dimensions
+    n_axes = len(of_x)
+    leading = x.shape[: x.ndim - n_axes]
+    in_order = tuple(axis % x.ndim for axis in of_x) == tuple(range(len(leading), x.ndim))
+    if batch or not in_order or tuple(of_kernel) != tuple(range(n_axes)):
+        raise ValueError(
+            f"split='backward' takes linear layers over the last axes alone, got {dimensions}."
+        )
+    if math.prod(leading) != n_rows:  # not the batch's rows, but such as were sent to an expert
+        return dot_general(x, kernel, dimensions, **options)
+    x_ND = x.reshape(n_rows, -1)
+    kernel_DF = kernel.reshape(x_ND.shape[1], -1)
+    multiply = functools.partial(dot_general, dimension_numbers=(((1,), (0,)), ((), ())), **options)
+    output_NF = _selected_product(multiply, x_ND, kernel_DF, rows)
+    return output_NF.reshape(*leading, *kernel.shape[n_axes:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _selected_product(
+    multiply: Callable[[Array, Array], Array], x_ND: Array, kernel_DF: Array, rows: BackwardRows
+) -> Array:
+    return multiply(x_ND, kernel_DF)
+
+
+def _forward(
+    multiply: Callable[[Array, Array], Array], x_ND: Array, kernel_DF: Array, rows: BackwardRows
+) -> tuple[Array, Any]:
+    return multiply(x_ND, kernel_DF), (x_ND, kernel_DF, rows)
+
+
+def _backward(
+    multiply: Callable[[Array, Array], Array], residuals: Any, gradient_NF: Array
+) -> tuple[Array, Array, None]:
+    x_ND, kernel_DF, (index_GC, fault) = residuals
+    gradient_RF = take_rows(gradient_NF, index_GC) + fault.astype(gradient_NF.dtype)
+    _, pull = jax.vjp(multiply, take_rows(x_ND, index_GC), kernel_DF)
+    d_x_RD, d_kernel = pull(gradient_RF)
+    return put_rows(d_x_RD, index_GC, len(x_ND)), d_kernel, None
+
+
+_selected_product.defvjp(_forward, _backward)
+
+
+def _beside_keys(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
+    """A model's modules but those of keys and values."""
+    modules = [(path, x) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Module)]
+    attention = {path for path, x in modules if "Attention" in type(x).__name__}
+    for path, module in modules:
+        is_inside = any(path[:n] in attention for n in range(len(path)))
+        if not is_inside or path[-1] in _OF_QUERIES or not _has_weights(module):
+            yield path, module
+
+
+def _has_weights(module: nnx.Module) -> bool:
+    """Whether it mixes what a token has, by weights of its own; a table of embeddings does not."""
+    own = (x for x in vars(module).values() if isinstance(x, nnx.Param))
+    return not isinstance(module, nnx.Embed) and any(x.ndim > 1 for x in own)
