@@ -1,4 +1,4 @@
-"""The token split of both frontends: the same masks, losses and gradients from the same weights."""
+"""Token and backward split of both frontends: the same masks, losses and gradients."""
 
 import numpy as np
 import pytest
@@ -35,15 +35,15 @@ SHAPE = DecoderShape(
 BATCH, LENGTH = 3, 19
 
 
-def make_both(options):
+def make_both(split, options):
     """A model of PyTorch and one of Flax, of equal weights."""
     weights = {name: 3 * w if w.ndim == 2 else w for name, w in initial_weights(SHAPE, 0).items()}
     model = transformers.LlamaForCausalLM(llama_config(SHAPE, None))
     model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
     decoder = load_decoder(SHAPE, weights, jax.devices()[0])
     return (
-        cggr.torch.model.CGGRModel(model, split="token", **options),
-        cggr.jax.model.CGGRModel(decoder, split="token", **options),
+        cggr.torch.model.CGGRModel(model, split=split, **options),
+        cggr.jax.model.CGGRModel(decoder, split=split, **options),
     )
 
 
@@ -63,10 +63,11 @@ def masks(monkeypatch):
 
 
 @jax.default_matmul_precision("float32")  # not a GPU's own default
+@pytest.mark.parametrize("split", ["token", "backward"])
 @pytest.mark.parametrize(
     ("rule", "scoring"), [*((rule, "combined") for rule in truth.SELECTIONS), ("topk", "loss")]
 )
-def test_masks_losses_and_gradients_agree(rule, scoring, masks):
+def test_masks_losses_and_gradients_agree(rule, scoring, split, masks):
     options = {
         "selection": rule,
         "scoring": scoring,
@@ -74,7 +75,7 @@ def test_masks_losses_and_gradients_agree(rule, scoring, masks):
         "warmup_steps": 4,
         "seed": 7,
     }
-    ours, theirs = make_both(options)
+    ours, theirs = make_both(split, options)
     for step in (1, 9):
         ours.set_step(step)
         theirs.set_step(step)

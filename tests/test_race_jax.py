@@ -242,6 +242,7 @@ def test_both_backends_make_the_same_step():
         ("cggr", {"selection": "topk", "scoring": "entropy", "router_layers": 2}),
         ("cggr", {"selection": "stratified", "scoring": "loss", "ratio": 0.5}),
         ("mine", {"lanes": ("mine",), "tables": {"mine": MINE}}),
+        ("mine", {"lanes": ("mine",), "tables": {"mine": MINE | {"split": "backward"}}}),
     ],
 )
 def test_both_backends_race_alike(name, options):

@@ -7,6 +7,7 @@ Llamas of random weights in bfloat16, without an optimizer, whose attention is c
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +148,9 @@ def run(case: StepCase, settings: BenchSettings, progress: Progress) -> list[dic
     router = create_truncated_router(decoder, ROUTER_LAYERS)
     make = functools.partial(routed, "sequence", 0.25, router)
     contestants.append(contestant("sequence, ratio 0.25", routed_loss, make))
-    for ratio in RATIOS:
-        make = functools.partial(routed, "token", ratio)
-        contestants.append(contestant(f"token, ratio {ratio:g}", routed_loss, make))
+    for split, ratio in itertools.product(("token", "backward"), RATIOS):
+        make = functools.partial(routed, split, ratio)
+        contestants.append(contestant(f"{split}, ratio {ratio:g}", routed_loss, make))
     rows = rows_of(measure(contestants, settings, progress))
     add_ratio(rows, "to_dense", "ms", DENSE)
     add_ratio(rows, "memory_to_dense", "peak_bytes", DENSE)

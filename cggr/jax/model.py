@@ -58,6 +58,13 @@ class CGGRModel(RoutedModule):
     loss; what unselected tokens offer to attention is constant in the gradient. The model must
     attend through :class:`~cggr.jax.RowAttention`, one for each layer, and take ``positions``.
 
+    ``split="backward"``: one forward pass, as a dense step makes it; the rule selects tokens; the
+    model's ``nnx.Linear`` and ``nnx.LinearGeneral`` multiply in the backward pass the selected rows
+    alone. Those of keys and values are the exception: what a selected token read from others goes
+    to their keys and values, and from there down their residual streams. A selected token's loss is
+    its dense loss, a step costs ``(1 + 2 ratio) / 3`` of a dense one's products, and its memory is
+    a dense step's.
+
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
     ``"sequence_aware"`` is ``"topk"`` here, where sequences are kept whole.
@@ -77,7 +84,8 @@ class CGGRModel(RoutedModule):
             them: ``wrt=nnx.All(nnx.Param, nnx.PathContains("model"))``.
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords. The
             scope is ``"sequence"`` with the token split, whatever a config says.
-        split: ``"token"``, ``"sequence"``, or ``"auto"``: token where the model supports it.
+        split: ``"token"``, ``"backward"``, ``"sequence"``, or ``"auto"``: token where the model
+            supports it, else sequence.
         shift_labels: True if position t predicts label t + 1 (causal models), False if label t
             (masked language models).
         sharding: Sharding of the selected sequences ``(C, S)`` under jit on a mesh of several
