@@ -25,29 +25,31 @@ from cggr.score import check_size
 from cggr.spec import RoutingConfig
 from cggr.torch import CGGRScorer
 from cggr.torch.functional import aligned_targets
-from cggr.worth import Split, effective_fraction, operations
+from cggr.worth import effective_fraction, operations
 
 RATIOS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SPLITS: tuple[Split, ...] = ("backward", "token")
+SPLITS = {"backward": "batch", "token": "sequence"}  # and of what they draw a part
 # Less is not worth it: the best ratio is found on the same tokens, and no step is operations alone.
 LEAST_GAIN = 1.05
+LEAST_TOKENS, LEAST_WRONG = 1000, 100  # that tell something
+PIECE = 8  # characters for each token of a window: a document is cut into pieces of some windows
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What tokens drawn at a ratio are worth, and what they cost by each split.
+    """What is predicted of tokens drawn at a ratio, by each split.
 
     Attributes:
         ratio: Part of the tokens.
-        worth: :func:`~cggr.worth.effective_fraction` of them.
+        worth: :func:`~cggr.worth.effective_fraction` of them, by split.
     """
 
     ratio: float
-    worth: float
+    worth: dict[str, float]
 
-    def gain(self, split: Split) -> float:
-        """How much more is learned per operation than densely, at the most."""
-        return self.worth / operations(self.ratio, split)
+    def gain(self, split: str) -> float:
+        """How much is learned per operation, over what dense training learns."""
+        return self.worth[split] / operations(self.ratio, split)
 
 
 def advise_text(
@@ -72,28 +74,37 @@ def advise_text(
     for note in notes:
         console.print(note)
     tokenizer, end_of_text = load_tokenizer(model)
-    ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
     loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
-    check_size(loaded, model, context, tokenizer.get_vocab_size())
+    check_size(loaded, model, context, max(tokenizer.get_vocab_size(), (end_of_text or 0) + 1))
+    ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
     config = RoutingConfig(scoring=scoring, importance_floor=importance_floor)
     found = _statistics(CGGRScorer(loaded, config), ids_RS, batch_size, loaded.device, console)
     if not all(np.isfinite(values).all() for values in found.values()):
         raise RaceError(f"--model {model}: its scores of this text are not finite")
-    norm_N = found["error_norm"]
-    importance_N = np.maximum(found["difficulty"], 0) + importance_floor
-    advice = [
-        Advice(ratio, effective_fraction(norm_N, ratio, importance=importance_N))
-        for ratio in RATIOS
-    ]
+    norm_RM = found["error_norm"]
+    advice = _advice(norm_RM, np.maximum(found["difficulty"], 0) + importance_floor)
     console.print(
-        f"{model.resolve().name} on {source_name(text)}: {norm_N.size:,} tokens of loss "
-        f"{found['nll'].mean():.3f}, error norm {norm_N.mean():.3f} ± {norm_N.std():.3f}",
+        f"{model.resolve().name} on {source_name(text)}: {norm_RM.size:,} tokens of loss "
+        f"{found['nll'].mean():.3f}, error norm {norm_RM.mean():.3f} ± {norm_RM.std():.3f}",
         highlight=False,
         soft_wrap=True,
     )
     console.print(_table(advice))
-    console.print(_verdict(advice, scoring), highlight=False, soft_wrap=True)
+    console.print(_verdict(advice, norm_RM, config), highlight=False, soft_wrap=True)
     return advice
+
+
+def _advice(norm_RM: npt.ArrayLike, importance_RM: npt.ArrayLike) -> list[Advice]:
+    return [
+        Advice(
+            ratio,
+            {
+                split: effective_fraction(norm_RM, ratio, importance=importance_RM, scope=scope)
+                for split, scope in SPLITS.items()
+            },
+        )
+        for ratio in RATIOS
+    ]
 
 
 def _windows(
@@ -103,19 +114,29 @@ def _windows(
     n_tokens: int,
     context: int,
 ) -> npt.NDArray[np.int64]:
-    """Token ids ``(R, S)`` of documents in an order of chance, the same each time."""
-    n_rows = max(1, n_tokens // context)
-    parts, size = [], 0
-    for place in np.random.default_rng(0).permutation(len(documents)):
-        parts.append(encode(tokenizer, [documents[place].text], end_of_text))
-        size += len(parts[-1])
-        if size >= n_rows * context:
+    """Token ids ``(R, S)`` of pieces of the text, drawn from all of it, the same each time."""
+    size = PIECE * context
+    pieces = [
+        (document.text, begin)
+        for document in documents
+        for begin in range(0, len(document.text), size)
+    ]
+    wanted, parts = n_tokens // context * context, [np.zeros(0, np.int32)]
+    for place in np.random.default_rng(0).permutation(len(pieces)):
+        text, begin = pieces[place]
+        parts.append(
+            encode(tokenizer, [text[begin : begin + size]], None if begin else end_of_text)
+        )
+        if sum(map(len, parts)) >= wanted:
             break
-    n_rows = min(n_rows, size // context)
-    if not n_rows:
-        raise RaceError(f"--context {context}: the text has {size} tokens")
-    ids = np.concatenate(parts)[: n_rows * context]
-    return ids.reshape(n_rows, context).astype(np.int64)
+    ids = np.concatenate(parts)[:wanted]
+    ids = ids[: len(ids) // context * context]
+    if len(ids) < LEAST_TOKENS:
+        raise RaceError(
+            f"--text: {len(ids)} tokens in windows of {context}; {LEAST_TOKENS} at least tell "
+            f"something"
+        )
+    return ids.reshape(-1, context).astype(np.int64)
 
 
 def _statistics(
@@ -125,7 +146,7 @@ def _statistics(
     device: torch.device,
     console: Console,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """``difficulty``, ``nll``, ``error_norm`` ``(N,)`` of all tokens but each row's first."""
+    """``difficulty``, ``nll``, ``error_norm`` ``(R, S - 1)`` of all tokens but each row's first."""
     ignore_index = scorer.config.ignore_index
     found: dict[str, list[Any]] = {"difficulty": [], "nll": [], "error_norm": []}
     with Progress(console=console, transient=True) as progress:
@@ -136,7 +157,7 @@ def _statistics(
             scores = scorer.score(targets_BS, input_ids=ids_BS)
             values = {"difficulty": scores.difficulty, **scores.statistics._asdict()}
             for name, parts in found.items():
-                parts.append(values[name][scores.eligible].double().cpu().numpy())
+                parts.append(values[name][:, :-1].double().cpu().numpy())
             progress.advance(task, len(rows))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -148,30 +169,60 @@ def _batches(ids_RS: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[n
 
 def _table(advice: Sequence[Advice]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
-    for name in (
-        "\nratio",
-        "\nworth",
-        *(f"{split}\n{x}" for split in SPLITS for x in ("operations", "gain")),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    best = max(advice, key=lambda row: row.gain("backward"))
+    table.add_column("\nratio", justify="right", no_wrap=True)
+    for split in SPLITS:
+        for name in ("worth", "operations", "gain"):
+            table.add_column(f"{split}\n{name}", justify="right", no_wrap=True)
+    best = _best(advice)
     for row in advice:
-        cells = [f"{row.ratio:.2f}", f"{row.worth:.2f}"]
+        cells = [f"{row.ratio:.2f}"]
         for split in SPLITS:
-            cells += [f"{operations(row.ratio, split):.2f}", f"{row.gain(split):.2f}"]
+            parts = (row.worth[split], operations(row.ratio, split), row.gain(split))
+            cells += [f"{part:.2f}" for part in parts]
         table.add_row(*cells, style="bold" if row is best else "")
     return table
 
 
-def _verdict(advice: Sequence[Advice], scoring: str) -> str:
-    best = max(advice, key=lambda row: row.gain("backward"))
+def _best(advice: Sequence[Advice]) -> Advice:
+    return max(advice, key=lambda row: row.gain("backward"))
+
+
+def _verdict(
+    advice: Sequence[Advice], norm_RM: npt.NDArray[np.float64], config: RoutingConfig
+) -> str:
+    square_RM = norm_RM**2
+    # As many equal ones would be drawn as unevenly.
+    n_wrong = square_RM.sum() ** 2 / max((square_RM**2).sum(), 1e-300)
+    if n_wrong < LEAST_WRONG:
+        return (
+            f"No advice: {n_wrong:,.0f} of these tokens have nearly all of the error. Ask for more "
+            f"--tokens; and see whether what is left can be learned at all."
+        )
+    best = _best(advice)
     gain = best.gain("backward")
     if gain < LEAST_GAIN:
-        return (
-            "Train densely: the model, as it is, has so much to learn of most tokens that leaving "
-            "any out costs what it saves. Ask again when it knows more of this text."
+        without = _best(_advice(norm_RM, norm_RM)).gain("backward")
+        hint = (
+            f" With draws by error_norm and a small floor it would be {without:.2f}."
+            if without >= LEAST_GAIN
+            else " Ask again when it knows more of this text."
         )
+        return (
+            f"Train densely: of the model as it is, draws at no ratio are predicted to gain "
+            f"{LEAST_GAIN - 1:.0%}; the best, {best.ratio:g}, would learn {gain:.2f} times as much "
+            f"per operation.{hint}"
+        )
+    floor = config.importance_floor
+    options = {
+        "split": "backward",
+        "selection": "importance",
+        "scoring": config.scoring,
+        "min_tokens_ratio": best.ratio,
+        "dynamic_threshold": False,
+    } | ({} if floor == RoutingConfig().importance_floor else {"importance_floor": floor})
     return (
-        f"At most {gain:.2f} times what dense training learns per operation: split='backward', "
-        f"selection='importance', scoring={scoring!r}, min_tokens_ratio={best.ratio:g}."
+        f"Predicted: about {gain:.2f} times what dense training learns per operation, by "
+        + ", ".join(f"{name}={value!r}" for name, value in options.items())
+        + ", after the warm-up. Tokens that nobody can learn would be drawn, too: if the text is "
+        "noisy, see excess_loss. A race tells the time."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import sys
 import tomllib
@@ -79,6 +80,13 @@ class _Amount(click.ParamType):
             return value if isinstance(value, Budget) else Budget.parse(value)
         except RaceError as error:
             self.fail(str(error), param, ctx)
+
+
+def _a_number(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Refuses NaN, which is in every range."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is no number")
+    return value
 
 
 class _Names(click.ParamType):
@@ -478,11 +486,12 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
         "--scoring",
         type=click.Choice([name for name in SCORINGS if name != "excess_loss"]),
         default="error_norm",
-        help="Of the selection.",
+        help="What tokens are drawn by.",
     ),
     click.option(
         "--importance-floor",
         type=click.FloatRange(1e-30, 1e30),
+        callback=_a_number,
         default=RoutingConfig().importance_floor,
         help="Added to every score.",
     ),

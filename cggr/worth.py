@@ -1,48 +1,59 @@
 """What a draw of tokens is worth, before anybody trains by it.
 
-Tokens that are drawn by importance and weighted make the same gradient in the mean, and a noisier
-one, as that of a smaller batch is. How much smaller follows from the norms of the tokens' gradients
-alone, which ``error_norm`` stands for.
+Tokens that are drawn by importance and weighted make the same gradient in the mean as all tokens
+do, and a noisier one, as a smaller batch does. How much smaller follows from the norms of the
+tokens' gradients alone, which ``error_norm`` stands for.
+
+Shapes: ``R`` groups of ``M`` tokens, each of which draws its part.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Split = Literal["token", "backward"]
+_Array = npt.NDArray[np.float64]
+_FORWARDS = {"backward": 2, "token": 3}  # that a drawn token costs beside that of every token
 
 
 def effective_fraction(
-    gradient_norm: npt.ArrayLike, ratio: float, *, importance: npt.ArrayLike | None = None
+    gradient_norm: npt.ArrayLike,
+    ratio: float,
+    *,
+    importance: npt.ArrayLike | None = None,
+    scope: str = "batch",
 ) -> float:
-    """Part of a batch that would make a gradient as noisy as that of tokens drawn from all of it.
+    """How large a part of a batch would make a gradient as noisy as the drawn tokens' one.
 
     With ``g`` the norms of the tokens' gradients and ``p = min(1, q / τ)`` the probabilities of
     being drawn by importance ``q``, where ``τ`` is such that ``Σ p = ratio N``::
 
         f = Σ g² / Σ (g² / p)
 
-    A batch of N tokens, whose gradients are as good as independent, has a noise of ``Σ g²``; tokens
-    that are drawn and weighted by ``1 / p`` have ``Σ g² / p``. Uniform draws are worth the ratio.
-    Draws by ``q = g`` are worth ``ratio (1 + CV²)`` where no ``p`` is 1, CV the norms' standard
-    deviation over their mean: much where the model knows most tokens, little where it knows none.
+    If tokens' gradients are independent, a batch's has a noise of ``Σ g²``, and that of tokens
+    drawn and weighted by ``1 / p`` one of ``Σ g² / p``. Uniform draws are worth the ratio. Draws by
+    ``q = g`` are worth ``ratio (1 + CV²)`` where no ``p`` is 1, with CV the norms' standard
+    deviation over their mean: a model that knows most tokens has much to gain, one that knows none
+    has nothing. It is a prediction: tokens of a sequence are not independent, which makes draws
+    worth more; and what a split leaves out of the gradient makes them worth less.
 
     Args:
-        gradient_norm: Norm of every token's gradient, of any shape, not negative; such as
-            ``error_norm`` of :func:`~cggr.spec.token_statistics`.
+        gradient_norm: Norm of every token's gradient, not negative, such as ``error_norm`` of
+            :func:`~cggr.spec.token_statistics`: of any shape, ``(B, S)`` with ``"sequence"``.
         ratio: Part of the tokens that is drawn, in (0, 1].
-        importance: What they are drawn by, of the same shape and positive where `gradient_norm` is;
-            `gradient_norm` itself if None.
+        importance: What they are drawn by, of the same shape and not negative; `gradient_norm`
+            itself if None. Of the selection ``"importance"`` it is the difficulty and
+            `importance_floor`.
+        scope: ``"batch"`` draws of all tokens together, ``"sequence"`` the same part of every row.
 
     Returns:
         f in [0, 1]; 1 if no token has a gradient.
 
     Raises:
-        ValueError: The arrays are empty, of different shapes, negative or not finite, or `ratio` is
-            not in (0, 1].
+        ValueError: The arrays are empty, of different shapes, negative or not finite; `ratio` or
+            `scope` is out of range.
 
     Example:
         >>> norms = np.array([0.0, 0.1, 0.1, 0.2, 1.4, 1.0, 0.1, 0.1])
@@ -54,62 +65,81 @@ def effective_fraction(
         universe", JASA 47, 1952; when importance sampling pays: Katharopoulos, Fleuret, "Not all
         samples are created equal", ICML 2018.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}.")
+    _check_ratio(ratio)
+    if scope not in ("batch", "sequence"):
+        raise ValueError(f"scope must be 'batch' or 'sequence', got {scope!r}.")
     importance = gradient_norm if importance is None else importance
-    norm_N, q_N = _norms("gradient_norm", gradient_norm), _norms("importance", importance)
+    norm_RM = _groups("gradient_norm", gradient_norm, scope)
+    q_RM = _groups("importance", importance, scope)
     if np.shape(importance) != np.shape(gradient_norm):
         raise ValueError(
             f"importance must have the gradient_norm's shape {np.shape(gradient_norm)}, got "
             f"{np.shape(importance)}."
         )
-    squares_N, p_N = norm_N**2, inclusion_probabilities(q_N, ratio)
-    has_gradient_N = squares_N > 0
-    if not has_gradient_N.any():
+    square_RM = norm_RM**2
+    p_RM = np.stack([_inclusion_probabilities(q_M, ratio) for q_M in q_RM])
+    has_gradient_RM = square_RM > 0
+    if not has_gradient_RM.any():
         return 1.0
     with np.errstate(divide="ignore"):
-        noise = np.sum(squares_N[has_gradient_N] / p_N[has_gradient_N])
-    return float(squares_N.sum() / noise)
+        noise = np.sum(square_RM[has_gradient_RM] / p_RM[has_gradient_RM])
+    return float(square_RM.sum() / noise)
 
 
-def inclusion_probabilities(importance_N: npt.ArrayLike, ratio: float) -> npt.NDArray[np.float64]:
-    """``min(1, q / τ)`` ``(N,)``, of the sum ``ratio N`` or of as many tokens as have importance.
+def operations(ratio: float, split: str) -> float:
+    """Operations of a step at this ratio, as a part of a dense one's.
 
-    Example:
-        >>> inclusion_probabilities([4.0, 1.0, 1.0, 0.0], 0.5).tolist()
-        [1.0, 0.5, 0.5, 0.0]
-    """
-    q_N = np.asarray(importance_N, dtype=np.float64)
-    k = ratio * q_N.size
-    if k >= np.count_nonzero(q_N):
-        return (q_N > 0).astype(np.float64)
-    order_N = np.argsort(-q_N, kind="stable")
-    sorted_N = q_N[order_N]
-    # If the m largest have probability 1, the others share k - m in proportion.
-    m = np.arange(int(np.ceil(k)))
-    tau = np.cumsum(sorted_N[::-1])[::-1][m] / (k - m)
-    first = int(np.argmax(sorted_N[m] <= tau))
-    return np.minimum(1.0, q_N / tau[first])
+    Of the products of the layers, where all weights are trained and nothing runs again:
 
+    - ``"backward"``: ``(1 + 2 ratio) / 3``, one forward pass, and two products of drawn rows. Those
+      of keys and values, which are of all rows, are left out.
+    - ``"token"``: ``(1 + 3 ratio) / 3``, another forward pass of the drawn tokens beside them.
 
-def operations(ratio: float, split: Split) -> float:
-    """Operations of a step at this ratio, as a part of a dense one's: of the layers' products.
+    Args:
+        ratio: Part of the tokens that is drawn, in (0, 1].
+        split: ``"backward"`` or ``"token"``.
 
-    - ``"backward"``: one forward pass, and two products for each of it that are of drawn rows:
-      ``(1 + 2 ratio) / 3``.
-    - ``"token"``: another forward pass of the drawn tokens beside them: ``(1 + 3 ratio) / 3``.
+    Returns:
+        The part.
+
+    Raises:
+        ValueError: `ratio` or `split` is out of range.
 
     Example:
         >>> round(operations(0.5, "backward"), 3), round(operations(0.5, "token"), 3)
         (0.667, 0.833)
     """
-    return (1 + {"backward": 2, "token": 3}[split] * ratio) / 3
+    _check_ratio(ratio)
+    if split not in _FORWARDS:
+        raise ValueError(f"split must be 'backward' or 'token', got {split!r}.")
+    return (1 + _FORWARDS[split] * ratio) / 3
 
 
-def _norms(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    norm_N = np.asarray(values, dtype=np.float64).ravel()
-    if not norm_N.size:
-        raise ValueError(f"{name} must have a token at least, got shape {np.shape(values)}.")
-    if not (np.isfinite(norm_N).all() and (norm_N >= 0).all()):
-        raise ValueError(f"{name} must be finite and not negative, got {norm_N.min()} at least.")
-    return norm_N
+def _inclusion_probabilities(q_M: _Array, ratio: float) -> _Array:
+    """``min(1, q / τ)``, of the sum ``ratio M`` or of as many tokens as have importance."""
+    k = ratio * q_M.size
+    if k >= np.count_nonzero(q_M):
+        return (q_M > 0).astype(np.float64)
+    sorted_M = -np.sort(-q_M)
+    # If the m largest have probability 1, the others share k - m in proportion.
+    m = np.arange(int(np.ceil(k)))
+    tau = np.cumsum(sorted_M[::-1])[::-1][m] / (k - m)
+    return np.minimum(1.0, q_M / tau[np.argmax(sorted_M[m] <= tau)])
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}.")
+
+
+def _groups(name: str, values: Any, scope: str) -> _Array:
+    """``(R, M)``, the largest of them 1: squares of what is very small or large are not lost."""
+    found = np.asarray(values, dtype=np.float64)
+    if not found.size or (scope == "sequence" and found.ndim != 2):
+        shape = "shape (B, S)" if scope == "sequence" else "a token at least"
+        raise ValueError(f"{name} must have {shape}, got shape {np.shape(values)}.")
+    wrong = found[~(np.isfinite(found) & (found >= 0))]
+    if wrong.size:
+        raise ValueError(f"{name} must be finite and not negative, got {wrong.flat[0]}.")
+    found = found / (found.max() or 1.0)
+    return found if scope == "sequence" else found.reshape(1, -1)

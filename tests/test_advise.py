@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from cggr import advise
 from cggr.cli import main
-from cggr.worth import effective_fraction
+from cggr.spec import RoutingConfig
+from cggr.worth import effective_fraction, operations
 
 LINE = re.compile(
     r"(\S+) on (\S+): ([\d,]+) tokens of loss ([\d.]+), error norm ([\d.]+) ± ([\d.]+)"
@@ -45,7 +46,7 @@ def rows(output):
     return {
         float(row[0]): [float(x) for x in row[1:]]
         for row in found
-        if len(row) == 6 and row[0] != "ratio"
+        if len(row) == 7 and row[0] != "ratio"
     }
 
 
@@ -54,17 +55,22 @@ def own_statistics(book, model):
     folder = book / "runs" / model / "model"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    pages = sorted((book / "book").iterdir())
-    order = np.random.default_rng(0).permutation(len(pages))
-    end = loaded.config.eos_token_id
-    ids = [[end, *tokenizer.encode(pages[place].read_text()).ids] for place in order]
+    size, end = advise.PIECE * 32, loaded.config.eos_token_id
+    texts = [page.read_text() for page in sorted((book / "book").iterdir())]
+    pieces = [(text, i) for text in texts for i in range(0, len(text), size)]
+    assert len(pieces) > 2 * len(texts)
+    ids = []
+    for place in np.random.default_rng(0).permutation(len(pieces)):
+        text, begin = pieces[place]
+        start = [] if begin else [end]
+        ids.append(start + tokenizer.encode(text[begin : begin + size]).ids)
     ids_RS = np.concatenate(ids)[:2048].reshape(-1, 32)
     with torch.no_grad():
         logits = loaded(torch.from_numpy(ids_RS)).logits[:, :-1].double().numpy()
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     onehot = np.eye(p.shape[-1])[ids_RS[:, 1:]]
-    return -np.log((p * onehot).sum(-1)).ravel(), np.linalg.norm(p - onehot, axis=-1).ravel()
+    return -np.log((p * onehot).sum(-1)), np.linalg.norm(p - onehot, axis=-1)
 
 
 def test_the_table_is_of_the_models_own_errors(book):
@@ -72,18 +78,17 @@ def test_the_table_is_of_the_models_own_errors(book):
     assert done.exit_code == 0, done.output
     nll, norm = own_statistics(book, "trained")
     _, text, n_tokens, *numbers = LINE.search(done.output).groups()
-    assert (text, n_tokens) == ("book", f"{len(nll):,}")
+    assert (text, n_tokens) == ("book", f"{nll.size:,}")
     expected = [nll.mean(), norm.mean(), norm.std()]
     assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
     found = rows(done.output)
     assert tuple(found) == advise.RATIOS
-    for ratio, (worth, backward, backward_gain, token, token_gain) in found.items():
-        exact = effective_fraction(norm, ratio, importance=norm + 0.05)
-        assert worth == pytest.approx(exact, abs=6e-3)
-        assert backward == pytest.approx((1 + 2 * ratio) / 3, abs=6e-3)
-        assert token == pytest.approx((1 + 3 * ratio) / 3, abs=6e-3)
-        assert backward_gain == pytest.approx(exact / ((1 + 2 * ratio) / 3), abs=6e-3)
-        assert token_gain == pytest.approx(exact / ((1 + 3 * ratio) / 3), abs=6e-3)
+    for ratio, columns in found.items():
+        for split, scope in (("backward", "batch"), ("token", "sequence")):
+            worth = effective_fraction(norm, ratio, importance=norm + 0.05, scope=scope)
+            part = operations(ratio, split)
+            own, columns = columns[:3], columns[3:]
+            assert own == pytest.approx([worth, part, worth / part], abs=6e-3)
 
 
 def test_draws_pay_for_a_model_that_knows_most_tokens(book):
@@ -92,14 +97,51 @@ def test_draws_pay_for_a_model_that_knows_most_tokens(book):
     best = max(gains, key=gains.get)
     assert gains[best] > 1.2
     said = " ".join(done.output.split())
-    assert f"At most {gains[best]:.2f} times what dense training learns per operation" in said
-    assert f"scoring='error_norm', min_tokens_ratio={best:g}." in said
+    assert f"about {gains[best]:.2f} times what dense training learns per operation" in said
+    given = re.search(r"by (split='backward', .*), after the warm-up", said)[1]
+    options = eval(f"dict({given})")
+    split = options.pop("split")
+    assert split == "backward"
+    config = RoutingConfig(**options, warmup_steps=0)
+    assert config.min_tokens_ratio == best
+    assert config.capacity_ratio(0) == config.capacity_ratio(10**6)
 
 
 def test_they_do_not_for_one_that_has_begun(book):
-    done = run(book, "begun")
-    assert "Train densely" in done.output
-    assert max(row[2] for row in rows(done.output).values()) < advise.LEAST_GAIN
+    said = " ".join(run(book, "begun").output.split())
+    assert "Train densely" in said
+    assert "Ask again when it knows more of this text." in said
+    assert max(row[2] for row in rows(run(book, "begun").output).values()) < advise.LEAST_GAIN
+
+
+def test_a_floor_that_spoils_it_is_named(book):
+    said = " ".join(run(book, "trained", "--importance-floor", 20).output.split())
+    assert "Train densely" in said
+    assert "With draws by error_norm and a small floor it would be 1." in said
+    said = " ".join(run(book, "trained", "--importance-floor", 0.01).output.split())
+    assert "importance_floor=0.01" in said
+
+
+def test_errors_of_few_tokens_are_no_advice():
+    norm = np.full((10, 1000), 1e-3)
+    norm[0, :9] = 1.0
+    advice = advise._advice(norm, norm + 0.05)
+    said = advise._verdict(advice, norm, RoutingConfig())
+    assert said.startswith("No advice: 9 of these tokens have nearly all of the error.")
+    assert advise._verdict(advice, 0 * norm, RoutingConfig()).startswith("No advice: 0 of")
+
+
+def test_all_parts_of_one_file_are_drawn_from(book):
+    text = book / "long.txt"
+    pages = sorted((book / "book").iterdir())
+    known = "".join(page.read_text() for page in pages)
+    words = np.random.default_rng(0).choice(list(known), size=len(known))
+    text.write_text(known + "".join(words))
+    command = ("advise", "--model", book / "runs" / "trained" / "model", "--text", text)
+    small = ("--context", 32, "--tokens", 4096, "--device", "cpu")
+    done = CliRunner().invoke(main, [str(part) for part in (*command, *small)])
+    half, whole = rows(done.output)[0.5], rows(run(book, "trained").output)[0.5]
+    assert half[0] < whole[0] - 0.1
 
 
 def test_other_scores_draw_and_the_error_norm_tells_their_worth(book):
@@ -119,7 +161,9 @@ def test_a_floor_above_all_scores_is_a_uniform_draw(book):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--context", 100_000), "--context 100000: the text has "),
+        (("--context", 33), "--context 33 is more than its 32 positions"),
+        (("--tokens", 900), "tokens in windows of 32; 1000 at least tell something"),
+        (("--importance-floor", "nan"), "nan is no number"),
         (("--importance-floor", 0), "Invalid value for '--importance-floor'"),
         (("--scoring", "excess_loss"), "Invalid value for '--scoring'"),
     ],

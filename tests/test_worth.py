@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cggr.spec import RoutingConfig, select_tokens
-from cggr.worth import effective_fraction, inclusion_probabilities, operations
+from cggr.worth import effective_fraction, operations
 
 POSITIVE = arrays(np.float64, st.integers(1, 40), elements=st.floats(1e-3, 1e3))
 RATIOS = st.floats(0.01, 1.0)
@@ -22,13 +22,6 @@ def probabilities(q_N, ratio):
         tau = (low + high) / 2
         low, high = (tau, high) if np.minimum(1, q_N / tau).sum() > ratio * q_N.size else (low, tau)
     return np.minimum(1, q_N / high)
-
-
-@given(POSITIVE, RATIOS)
-def test_probabilities_solve_their_equation(q_N, ratio):
-    np.testing.assert_allclose(
-        inclusion_probabilities(q_N, ratio), probabilities(q_N, ratio), rtol=1e-6
-    )
 
 
 @given(POSITIVE, RATIOS)
@@ -65,6 +58,25 @@ def test_norms_of_some_spread_are_worth_that_much_more():
     norm_N = np.random.default_rng(0).uniform(0.9, 1.1, size=(20, 50))
     spread = norm_N.var() / norm_N.mean() ** 2
     assert effective_fraction(norm_N, 0.25) == pytest.approx(0.25 * (1 + spread), rel=1e-12)
+
+
+def test_every_row_draws_its_part():
+    random = np.random.default_rng(0)
+    norm_BS = random.lognormal(size=(6, 40))
+    noise = sum((norm_S**2 / probabilities(norm_S, 0.25)).sum() for norm_S in norm_BS)
+    found = effective_fraction(norm_BS, 0.25, scope="sequence")
+    assert found == pytest.approx((norm_BS**2).sum() / noise)
+    assert found < effective_fraction(norm_BS, 0.25)
+    assert effective_fraction(norm_BS[:1], 0.25, scope="sequence") == pytest.approx(
+        effective_fraction(norm_BS[0], 0.25)
+    )
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1e30, 1e200])
+def test_the_size_of_the_numbers_is_nothing(size):
+    expected = effective_fraction([1.0, 2.0, 4.0], 0.5, importance=[1.0, 1.0, 2.0])
+    norms, importance = size * np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 2.0]) / size
+    assert effective_fraction(norms, 0.5, importance=importance) == pytest.approx(expected)
 
 
 def test_tokens_without_gradient_count_for_nothing():
@@ -118,8 +130,8 @@ def test_operations_are_the_products_over_those_of_a_dense_step(split, products)
         (([1.0], 1.5), "ratio must be in (0, 1], got 1.5."),
         (([1.0], float("nan")), "ratio must be in (0, 1], got nan."),
         (([], 0.5), "gradient_norm must have a token at least, got shape (0,)."),
-        (([-1.0], 0.5), "gradient_norm must be finite and not negative, got -1.0 at least."),
-        (([np.inf], 0.5), "gradient_norm must be finite and not negative, got inf at least."),
+        (([1.0, -1.0], 0.5), "gradient_norm must be finite and not negative, got -1.0."),
+        (([np.inf, 1.0], 0.5), "gradient_norm must be finite and not negative, got inf."),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -132,3 +144,16 @@ def test_bad_importance_is_refused():
         effective_fraction([1.0, 2.0], 0.5, importance=[[1.0, 2.0]])
     with pytest.raises(ValueError, match="importance must be finite and not negative, got nan"):
         effective_fraction([1.0, 2.0], 0.5, importance=[1.0, np.nan])
+    with pytest.raises(ValueError, match="scope must be 'batch' or 'sequence', got 'row'"):
+        effective_fraction([1.0, 2.0], 0.5, scope="row")
+    with pytest.raises(
+        ValueError, match=r"gradient_norm must have shape \(B, S\), got shape \(2,\)"
+    ):
+        effective_fraction([1.0, 2.0], 0.5, scope="sequence")
+
+
+def test_bad_splits_and_ratios_are_refused():
+    with pytest.raises(ValueError, match="split must be 'backward' or 'token', got 'sequence'"):
+        operations(0.5, "sequence")
+    with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\], got 2"):
+        operations(2, "token")

@@ -9,8 +9,9 @@ batch's own gradient, the distance of batches' gradients from their mean, a way'
 batch's gradient says which part of a batch it is worth: 1 is all of it. ``cggr.worth`` predicts it
 of the tokens' error norms.
 
-The bias, what is left of the distance in the mean over batches and draws, is printed as a part of
-the signal, the gradient's mean. It is known up to the noise of that mean: more batches, less error.
+The bias, what is left of the distance in the mean over all batches, is printed as a part of the
+signal, the gradient's mean, with its standard error. In the worth it counts as noise does, in
+training for more: in the mean of many steps noise becomes less, and a bias does not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from cggr.worth import effective_fraction
 
 LEAST = 1e-2  # of a tensor's mean square, added to each, as rarely used weights have none
 PROGRESS = Console(stderr=True)
-UNMEASURED = 1000  # batches between those that are trained on and those that are measured
 
 
 class Way(NamedTuple):
@@ -83,10 +83,12 @@ class Noise(NamedTuple):
     Attributes:
         distance: From the batch's gradient, mean over batches and draws.
         bias: Of the mean distance.
+        error: Standard error of the bias.
     """
 
     distance: float
     bias: float
+    error: float
 
 
 class Measured:
@@ -138,16 +140,17 @@ class Measured:
 
     def distances(self, name: str, gradient: Callable[[Tensor], Tensor], draws: int) -> Noise:
         """Of a way to a gradient, over all batches."""
-        total, mean_P = 0.0, torch.zeros_like(self.unit_P)
-        n = draws * len(self.batches)
-        for ids in track(self.batches, name, console=PROGRESS):
+        total = 0.0
+        # Draws of a batch have its tokens in common: only those of different ones are independent.
+        away_BP = torch.zeros(len(self.batches), len(self.unit_P), device=self.unit_P.device)
+        for ids, away_P in zip(track(self.batches, name, console=PROGRESS), away_BP, strict=True):
             dense_P = self.dense(ids)
             for _ in range(draws):
-                away_P = gradient(ids) - dense_P
-                total += self.square(away_P)
-                mean_P += away_P / n
-        distance = total / n
-        return Noise(distance, (n * self.square(mean_P) - distance) / (n - 1))
+                one_P = gradient(ids) - dense_P
+                total += self.square(one_P) / (draws * len(self.batches))
+                away_P += one_P / draws
+        products_BB = away_BP @ (away_BP * self.unit_P).T
+        return Noise(total, *mean_of_pairs(products_BB.double().cpu().numpy()))
 
     def of_way(self, way: Way) -> Callable[[Tensor], Tensor]:
         """A function from token ids to the gradient of those selected."""
@@ -169,16 +172,36 @@ class Measured:
         return self.dense(ids_BS[order_B[: len(ids_BS) // 2]])
 
 
+def mean_of_pairs(products_BB: Any) -> tuple[float, float]:
+    """Of products of different vectors, which is their mean squared, and its standard error."""
+    n = len(products_BB)
+    others_B = products_BB.sum(axis=1) - np.diag(products_BB)
+    total = others_B.sum()
+    without_B = (total - 2 * others_B) / ((n - 1) * (n - 2))  # the jackknife's
+    error = np.sqrt((n - 1) * np.var(without_B))
+    return float(total / (n * (n - 1))), float(error)
+
+
 def targets_of(ids_BS: Tensor) -> Tensor:
     """What every position predicts."""
     return aligned_targets(ids_BS, None, shift=True, ignore_index=RoutingConfig().ignore_index)
 
 
 @torch.no_grad()
-def error_norms(model: Any, ids_BS: Tensor) -> Tensor:
-    """``(N,)`` of the tokens that are predicted."""
+def error_norms(model: Any, ids_BS: Tensor) -> Any:
+    """``(B, S - 1)`` of the tokens that are predicted."""
     norm_BS = token_statistics(model(input_ids=ids_BS).logits, targets_of(ids_BS)).error_norm
-    return norm_BS[:, :-1].flatten()
+    return norm_BS[:, :-1].double().cpu().numpy()
+
+
+def without_dropout(model: Any) -> Any:
+    """The same model, in training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.train()
 
 
 def train(model: Any, batch: tokens.BatchFunction, steps: int, peak: float) -> None:
@@ -206,6 +229,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args()
+    for name, least in (("batches", 3), ("draws", 1), ("batch_size", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} at least")
     device = find_device("auto")
     tokenizer, end_of_text = pretrained.load_tokenizer(options.model)
     corpus = tokens.prepare(
@@ -221,24 +247,23 @@ def main() -> None:
         seed=0,
     )
     torch.manual_seed(0)
-    model = load_folder(options.model, torch.float32).to(device).train()
+    model = without_dropout(load_folder(options.model, torch.float32).to(device))
     model.config.use_cache = False
     train(model, batch, options.steps, options.learning_rate)
-    first = options.steps + UNMEASURED
-    ids = [torch.from_numpy(batch(first + i).ids).to(device) for i in range(2 * options.batches)]
+    steps = range(options.steps, options.steps + 2 * options.batches)
+    ids = [torch.from_numpy(batch(step).ids).to(device) for step in steps]
     batches, others = ids[: options.batches], ids[options.batches :]
-    norms = [error_norms(model, ids).double().cpu().numpy() for ids in batches]
+    norms = np.stack([error_norms(model, ids) for ids in batches])
     measured = Measured(model, batches, others)
     show(measured, norms, options.draws)
 
 
-def show(measured: Measured, norms: Sequence[Any], draws: int) -> None:
-    """Measures and prints."""
+def show(measured: Measured, norms_KBS: Any, draws: int) -> None:
+    """Measures and prints; the norms are those of K batches."""
     console = Console(width=120)
-    norm_N = np.concatenate(norms)
     console.print(
         f"{len(measured.unit_P):,} weights, batches of {measured.batches[0].numel():,} tokens, "
-        f"error norm {norm_N.mean():.3f} ± {norm_N.std():.3f}; signal "
+        f"error norm {norms_KBS.mean():.3f} ± {norms_KBS.std():.3f}; signal "
         f"{measured.signal / (measured.signal + measured.noise):.3f} of a gradient",
         highlight=False,
     )
@@ -247,30 +272,34 @@ def show(measured: Measured, norms: Sequence[Any], draws: int) -> None:
     for name in names:
         table.add_column(name, justify="left" if name in ("selection", "scoring") else "right")
     half = measured.distances(HALF, measured.half, draws)
-    table.add_row(HALF, "", "0.50", "everything", f"{measured.worth(half):.3f}", "0.500", "")
+    table.add_row(HALF, "", "0.50", "everything", f"{measured.worth(half):.3f}", "0.500")
     for way in WAYS:
         noise = measured.distances(way.through, measured.of_way(way), draws)
+        bias, error = noise.bias / measured.signal, noise.error / measured.signal
         table.add_row(
             way.selection,
             way.scoring if way.selection != "random" else "",
             f"{way.ratio:.2f}",
             way.through,
             f"{measured.worth(noise):.3f}",
-            predicted(way, norms),
-            f"{noise.bias / measured.signal:+.3f}",
+            predicted(way, norms_KBS),
+            f"{bias:+.3f} ± {error:.3f}",
         )
     console.print(table)
 
 
-def predicted(way: Way, norms: Sequence[Any]) -> str:
+def predicted(way: Way, norms_KBS: Any) -> str:
     """What ``cggr.worth`` says; nothing of what is not unbiased, or drawn by another score."""
     if way.selection == "random":
         return f"{way.ratio:.3f}"
     if way.selection != "importance" or way.scoring != "error_norm":
         return ""
-    floor = way.config().importance_floor
-    worth = [effective_fraction(norm, way.ratio, importance=norm + floor) for norm in norms]
-    return f"{np.mean(worth):.3f}"
+    # Each batch draws a part of its own; by the token split, each of its sequences.
+    n_groups = int(np.prod(norms_KBS.shape[: 2 if way.through == "token" else 1]))
+    norm_RM = norms_KBS.reshape(n_groups, -1)
+    importance_RM = norm_RM + way.config().importance_floor
+    worth = effective_fraction(norm_RM, way.ratio, importance=importance_RM, scope="sequence")
+    return f"{worth:.3f}"
 
 
 if __name__ == "__main__":

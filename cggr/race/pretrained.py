@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path, option: str = "--model") -> tuple[Tokenizer, in
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end = config.get("eos_token_id")
-    return tokenizer, end[0] if isinstance(end, list) else end
+    if isinstance(end, list):
+        end = end[0] if end else None
+    return tokenizer, end
 
 
 def digest(folder: Path) -> str:
