@@ -92,12 +92,14 @@ class Masked:
         return jnp.where(mask, y, jax.lax.stop_gradient(y))
 
 
-def reference(model, ids, labels, mask_BS, weight_BS, denominator):
+def reference(model, ids, labels, mask_BS, weight_BS, denominator, whole=()):
     """Loss and gradient of a model whose unselected rows are constants but for keys and values."""
     model = nnx.clone(model)
     masked = []
     for path, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Linear | nnx.LinearGeneral) and path[-1] not in OF_KEYS:
+            if path[-1] in whole:
+                continue
             module.dot_general = Masked(mask_BS)
             masked.append(path[-1])
     assert len(masked) >= 4
@@ -149,7 +151,7 @@ def assert_same(found, expected):
     pairs = jax.tree.leaves_with_path(expected), jax.tree.leaves_with_path(found)
     assert len(pairs[0]) == len(pairs[1]) > 5
     for (path, wanted), (_, got) in zip(*pairs, strict=True):
-        scale = max(1e-3, float(jnp.abs(wanted).max()))
+        scale = max(1e-2, float(jnp.abs(wanted).max()))
         error = float(jnp.abs(got - wanted).max())
         assert error < 2e-5 * scale, jax.tree_util.keystr(path)
 
@@ -277,38 +279,130 @@ def test_micro_batches_add_up_to_their_batch():
     np.testing.assert_allclose(2 * part, loss, rtol=1e-6)
 
 
+class Expert(Encoder):
+    """Half of the tokens go through a layer of their own, and all of them in another order."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.inner, self.turned = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, input_ids):
+        x = self.embed(input_ids)
+        x = x + self.attention(self.norm(x), is_causal=True)
+        x = x.at[:, ::2].add(self.inner(x[:, ::2]))
+        x = x + self.turned(x.swapaxes(0, 1)).swapaxes(0, 1)
+        return self.head(x)
+
+
 def test_rows_that_are_not_the_batchs_have_their_whole_gradient():
-    class Expert(nnx.Module):
-        """Half of the tokens go through a layer of their own."""
-
-        def __init__(self):
-            rngs = nnx.Rngs(0)
-            self.embed = nnx.Embed(V, 16, rngs=rngs)
-            self.inner, self.head = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, V, rngs=rngs)
-
-        def __call__(self, input_ids):
-            x = self.embed(input_ids)
-            x = x.at[:, ::2].add(self.inner(x[:, ::2]))
-            return self.head(x)
-
     ids = token_batch(B, S, V)
-    routed = CGGRModel(Expert(), split="backward", selection="topk", **OPTIONS)
-    _, found = compiled_gradient(routed, ids, ids)
-    mask, *_ = selected(routed, routed.model, ids, ids, None)
-    n_selected = jnp.sum(mask)
+    routed = CGGRModel(Expert(nnx.Rngs(0)), split="backward", selection="topk", **OPTIONS)
     plain = nnx.clone(routed.model)
-    plain.head.dot_general = Masked(mask)
-
-    def loss(model):
-        log_p = jax.nn.log_softmax(model(ids))
-        nll = -jnp.take_along_axis(log_p[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-        return jnp.sum(nll * mask[:, :-1]) / n_selected
-
-    assert_same_few(found["model"], nnx.grad(loss)(plain))
+    mask, weight, _ = selected(routed, nnx.clone(plain), ids, ids, None)
+    whole = {"inner", "turned"}
+    expected = reference(plain, ids, ids, mask, weight, jnp.sum(mask), whole)
+    loss, found = compiled_gradient(routed, ids, ids)
+    np.testing.assert_allclose(loss, expected[0], rtol=2e-6)
+    assert_same(found["model"], expected[1])
 
 
-def assert_same_few(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+class Balanced(Encoder):
+    """With a loss of its own beside the logits, and a trained Variable that is no Param."""
+
+    class Balance(nnx.Variable):
+        pass
+
+    class Scale(nnx.Variable):
+        pass
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.balance = self.Balance(jnp.zeros(()))
+        self.scale = self.Scale(jnp.ones(16))
+
+    def __call__(self, input_ids):
+        x = self.embed(input_ids) * self.scale[...]
+        x = x + self.attention(self.norm(x), is_causal=True)
+        hidden = jax.nn.gelu(self.up(x))
+        self.balance[...] = jnp.mean(hidden**2)
+        return self.head(x + self.down(hidden))
+
+
+def test_what_a_model_leaves_in_variables_has_gradients_too():
+    ids = token_batch(B, S, V)
+    routed = CGGRModel(Balanced(nnx.Rngs(0)), split="backward", **OPTIONS)
+
+    def balance(routed):
+        return 0 * routed(ids, labels=ids) + routed.model.balance[...]
+
+    def plain_balance(model):
+        model(ids)
+        return model.balance[...]
+
+    found = nnx.grad(balance, argnums=nnx.DiffState(0, nnx.Param))(routed)["model"]
+    plain = nnx.clone(routed.model)
+    for path, module in nnx.iter_graph(plain):
+        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and path[-1] not in OF_KEYS:
+            selection, *_ = selected(routed_copy(routed), nnx.clone(routed.model), ids, ids, None)
+            module.dot_general = Masked(selection)
+    assert_same(found, nnx.grad(plain_balance, argnums=nnx.DiffState(0, nnx.Param))(plain))
+
+
+def test_a_variable_that_is_no_parameter_is_trained_by_all_micro_batches():
+    first, second = token_batch(B, S, V), token_batch(B, S, V, seed=1)
+    of_scale = nnx.DiffState(0, Balanced.Scale)
+
+    def gradient(*batches):
+        routed = CGGRModel(Balanced(nnx.Rngs(0)), split="backward", selection="topk", **OPTIONS)
+
+        def loss(routed):
+            return sum(routed(ids, labels=ids) for ids in batches)
+
+        return nnx.grad(loss, argnums=of_scale)(routed)["model"]["scale"][...]
+
+    np.testing.assert_allclose(
+        gradient(first, second), gradient(first) + gradient(second), rtol=1e-4, atol=1e-6
+    )
+
+
+class MyAttention(nnx.MultiHeadAttention):
+    """By inheritance."""
+
+
+class Mixer(nnx.MultiHeadAttention):
+    """Called otherwise."""
+
+
+@pytest.mark.parametrize("kind", [MyAttention, Mixer])
+def test_attention_is_known_by_its_base_or_its_layers(kind):
+    model = Encoder(nnx.Rngs(0))
+    model.attention = kind(4, 16, decode=False, rngs=nnx.Rngs(1))
+    routed = CGGRModel(model, split="backward", selection="importance", **OPTIONS)
+    ids = token_batch(B, S, V)
+    check(routed, ids, labels_of(ids), compiled_gradient)
+
+
+class AttentionModel(Encoder):
+    """Which is no attention, but has one."""
+
+
+def test_a_model_called_after_its_attention_is_none():
+    routed = CGGRModel(
+        AttentionModel(nnx.Rngs(0)), split="backward", selection="importance", **OPTIONS
+    )
+    ids = token_batch(B, S, V)
+    check(routed, ids, labels_of(ids), compiled_gradient)
+
+
+def test_a_product_of_ones_own_is_called_as_flax_calls_it():
+    def product(a, b, dims, precision=None, **options):
+        return jax.lax.dot_general(a, b, dims, precision=precision)
+
+    model = Encoder(nnx.Rngs(0))
+    model.up.dot_general = product
+    routed = CGGRModel(model, split="backward", selection="importance", **OPTIONS)
+    ids = token_batch(B, S, V)
+    check(routed, ids, labels_of(ids), compiled_gradient)
 
 
 def test_inputs_have_gradients():
@@ -342,11 +436,13 @@ def test_a_step_multiplies_selected_rows_alone_in_its_backward_pass():
         def __init__(self):
             rngs = nnx.Rngs(0)
             self.embed = nnx.Embed(V, 256, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 256, 4, decode=False, rngs=rngs)
             self.layers = nnx.List([nnx.Linear(256, 256, rngs=rngs) for _ in range(6)])
             self.head = nnx.Linear(256, V, rngs=rngs)
 
         def __call__(self, input_ids):
             x = self.embed(input_ids)
+            x = x + self.attention(x, is_causal=True)
             for layer in self.layers:
                 x = x + jnp.tanh(layer(x))
             return self.head(x)
@@ -376,20 +472,22 @@ class Convolved(nnx.Module):
         return self.mix(jax.nn.one_hot(input_ids, V))
 
 
-class Contracted(nnx.Module):
+class Rowwise(nnx.Module):
     def __init__(self):
-        self.first = nnx.LinearGeneral(S, S, axis=1, rngs=nnx.Rngs(0))
+        self.embed = nnx.Embed(V, 16, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(16, V, rngs=nnx.Rngs(0))
 
     def __call__(self, input_ids):
-        return self.first(jax.nn.one_hot(input_ids, V))
+        return self.head(self.embed(input_ids))
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (Convolved, "mix of class Conv has weights and is no nnx.Linear or nnx.LinearGeneral"),
-        (lambda: Bigram(jnp.zeros((V, V))), " of class Bigram has weights"),
+        (lambda: Bigram(jnp.zeros((V, V))), "the model of class Bigram has weights"),
         (lambda: nnx.Embed(V, V, rngs=nnx.Rngs(0)), "Embed has no nnx.Linear"),
+        (Rowwise, "no attention was found, whose keys and values have the gradient of all tokens"),
     ],
 )
 def test_what_it_cannot_run_is_refused(model, message):
@@ -398,11 +496,38 @@ def test_what_it_cannot_run_is_refused(model, message):
     assert message in str(refused.value)
 
 
-def test_layers_over_other_axes_are_refused():
+class Contracted(Encoder):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.first = nnx.LinearGeneral(S, S, axis=1, rngs=rngs)
+
+    def __call__(self, input_ids):
+        return self.first(super().__call__(input_ids))
+
+
+class Mapped(Encoder):
+    def __call__(self, input_ids):
+        return jax.vmap(super().__call__)(input_ids[:, None])[:, 0]
+
+
+class Random(Encoder):
+    def __call__(self, input_ids, rngs):
+        return super().__call__(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (Contracted, {}, "takes linear layers over the last axes alone"),
+        (Mapped, {}, r"no linear layer of the model is given the batch's rows, \(6, 12, ...\)"),
+        (Random, {"rngs": nnx.Rngs(0)}, "takes arrays as inputs, and rngs holds an nnx.Variable"),
+    ],
+)
+def test_a_step_that_it_cannot_run_is_refused(model, inputs, message):
     ids = token_batch(B, S, V)
-    routed = CGGRModel(Contracted(), split="backward", **OPTIONS)
-    with pytest.raises(ValueError, match="takes linear layers over the last axes alone"):
-        routed(ids, labels=ids)
+    routed = CGGRModel(model(nnx.Rngs(0)), split="backward", **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        routed(ids, labels=ids, **inputs)
 
 
 def test_labels_out_of_range_are_refused():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,25 @@ from jax import Array
 
 from cggr.jax.selected import put_rows, take_rows
 
-# Linear layers of attention that have no part in the keys and values, which all tokens read.
-_OF_QUERIES = {"q_proj", "query", "o_proj", "out_proj", "out", "dense", "c_proj"}
+# Linear layers of attention: those that have no part in the keys and values, which all tokens read,
+# and those that make them, alone or together with queries.
+_OF_QUERIES = {
+    "q_proj",
+    "query",
+    "q",
+    "wq",
+    "o_proj",
+    "out_proj",
+    "out",
+    "o",
+    "wo",
+    "dense",
+    "c_proj",
+}
+_OF_KEYS = {"k_proj", "v_proj", "key", "value", "k", "v", "wk", "wv", "kv_proj", "kv"}
+_OF_KEYS |= {"qkv_proj", "qkv", "wqkv", "c_attn", "query_key_value", "in_proj"}
+_LINEAR = (nnx.Linear, nnx.LinearGeneral)
+_ROWWISE = (nnx.Embed, nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
 class BackwardRows(NamedTuple):
@@ -65,7 +82,7 @@ def loss_of_chosen(
     Args:
         run: ``(state, arrays, rows) -> logits (..., V), whatever else it makes``.
         choose: ``(arrays, given, logits) -> rows, a function from logits to the loss, whatever
-            else it makes``.
+            else it makes``, which has no gradient.
         state: Of the model: what has a gradient, and what has none.
         arrays: Inputs of the model, which have a gradient too.
         given: Arrays that have none. Like the others they come by argument, since a function that
@@ -82,7 +99,7 @@ def loss_of_chosen(
     def forward(state: Any, arrays: Any, given: Any) -> tuple[Any, Any]:
         waiting = BackwardRows.waiting(*slots)
         pull: Any  # a VJP object, of which its type says nothing yet
-        logits, pull, of_run = jax.vjp(run, state, arrays, waiting, has_aux=True)
+        (logits, of_run), pull = jax.vjp(run, state, arrays, waiting)
         rows, loss, of_choice = choose(arrays, given, logits)
         pull.args_res[2] = rows
         total, pull_loss = jax.vjp(loss, logits)
@@ -94,7 +111,8 @@ def loss_of_chosen(
 
     def backward(pulls: Any, cotangents: Any) -> Any:
         pull, pull_loss = pulls
-        d_state, d_arrays, _ = pull(*pull_loss(cotangents[0]))
+        d_total, d_of_run, _ = cotangents
+        d_state, d_arrays, _ = pull((*pull_loss(d_total), d_of_run))
         return d_state, d_arrays, None
 
     result.defvjp(forward, backward)
@@ -105,37 +123,86 @@ def loss_of_chosen(
 def linears_of_rows(model: nnx.Module) -> tuple[list[Any], str | None]:
     """Linear layers through which a token's gradient comes from that token's output alone.
 
-    All but those of keys and values, or of what is made together with them.
+    All but those of keys and values, or of what is made together with them. An attention is a
+    module whose class, or a base of it, has it in its name, or which has a linear layer that is
+    called as those of keys and values are.
 
     Returns:
-        Those layers, and which other module has such weights, and so would pass the gradient of all
-        tokens; None if there is none.
+        Those layers, and what stands against having them: a module with other weights, which would
+        pass the gradient of all tokens, or no attention that is known; None if nothing does.
     """
-    found: list[Any] = []
-    other = None
-    for path, module in _beside_keys(model):
-        if type(module) in (nnx.Linear, nnx.LinearGeneral):
-            found.append(module)
-        elif other is None and _has_weights(module):
-            other = f"{'.'.join(map(str, path))} of class {type(module).__name__}"
-    return found, other
+    modules = {path: x for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Module)}
+    linears = {path: x for path, x in modules.items() if type(x) in _LINEAR}
+    named = {path for path, x in modules.items() if _is_named_attention(x)}
+    named = {a for a in named if any(_is_in(path, a) for path in linears)}
+    attention = named | {path[:-1] for path in linears if path[-1] in _OF_KEYS}
+    # The innermost: a model may be called after its attention.
+    attention = {a for a in attention if not any(_is_in(b, a) for b in attention)}
+
+    def is_inside(path: tuple[Any, ...]) -> bool:
+        return any(_is_in(path, a) for a in attention)
+
+    found = [x for path, x in linears.items() if not is_inside(path) or path[-1] in _OF_QUERIES]
+    for path, x in nnx.iter_graph(model):
+        if isinstance(x, nnx.Param) and x.ndim > 1 and not is_inside(path):
+            owner = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in modules)
+            kind = type(modules[owner])
+            if kind not in _LINEAR and not issubclass(kind, _ROWWISE):
+                name = ".".join(map(str, owner)) or "the model"
+                return found, (
+                    f"{name} of class {kind.__name__} has weights and is no nnx.Linear or "
+                    f"nnx.LinearGeneral"
+                )
+    if not found:
+        return found, f"{type(model).__name__} has no nnx.Linear or nnx.LinearGeneral"
+    if not attention:
+        return found, (
+            "no attention was found, whose keys and values have the gradient of all tokens: its "
+            "class must have Attention in its name, or its layers be called k_proj and v_proj, or "
+            "key and value"
+        )
+    return found, None
 
 
-def set_backward_rows(model: nnx.Module, rows: BackwardRows, n_rows: int) -> None:
-    """Makes the backward passes of a model's linear layers of these rows, for good."""
+def _is_in(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
+    return path[: len(outer)] == outer != path
+
+
+def _is_named_attention(module: nnx.Module) -> bool:
+    is_of_flax = {nnx.Module, nnx.Object, nnx.Pytree, object}
+    kinds = (kind for kind in type(module).__mro__ if kind not in is_of_flax)
+    return any("Attention" in kind.__name__ for kind in kinds)
+
+
+def set_backward_rows(
+    model: nnx.Module, rows: BackwardRows, shape: tuple[int, int]
+) -> Callable[[], bool]:
+    """Makes the backward passes of a model's linear layers of these rows, for good.
+
+    Args:
+        model: The model, whose layers are changed.
+        rows: The rows.
+        shape: B and S: a layer has the batch's rows if it is given ``(B, S, ...)`` or ``(N, ...)``.
+
+    Returns:
+        A function that tells whether any layer has had them.
+    """
+    seen: list[bool] = []
     for linear in linears_of_rows(model)[0]:
         dot_general = linear.dot_general
         if getattr(linear, "dot_general_cls", None) is not None:  # which goes before the other
             dot_general, linear.dot_general_cls = linear.dot_general_cls(), None
         linear.dot_general = functools.partial(
-            _dot_general_of_rows, dot_general or jax.lax.dot_general, rows, n_rows
+            _dot_general_of_rows, dot_general or jax.lax.dot_general, rows, shape, seen
         )
+    return lambda: bool(seen)
 
 
 def _dot_general_of_rows(
     dot_general: Callable[..., Array],
     rows: BackwardRows,
-    n_rows: int,
+    shape: tuple[int, int],
+    seen: list[bool],
     x: Array,
     kernel: Array,
     dimensions: Any,
@@ -150,11 +217,16 @@ def _dot_general_of_rows(
         raise ValueError(
             f"split='backward' takes linear layers over the last axes alone, got {dimensions}."
         )
-    if math.prod(leading) != n_rows:  # not the batch's rows, but such as were sent to an expert
+    n_rows = math.prod(shape)
+    if leading not in (shape, (n_rows,)):  # such as the rows that were sent to an expert
         return dot_general(x, kernel, dimensions, **options)
+    seen.append(True)
+
+    def multiply(x_ND: Array, kernel_DF: Array) -> Array:
+        return dot_general(x_ND, kernel_DF, (((1,), (0,)), ((), ())), **options)
+
     x_ND = x.reshape(n_rows, -1)
     kernel_DF = kernel.reshape(x_ND.shape[1], -1)
-    multiply = functools.partial(dot_general, dimension_numbers=(((1,), (0,)), ((), ())), **options)
     output_NF = _selected_product(multiply, x_ND, kernel_DF, rows)
     return output_NF.reshape(*leading, *kernel.shape[n_axes:])
 
@@ -183,19 +255,3 @@ def _backward(
 
 
 _selected_product.defvjp(_forward, _backward)
-
-
-def _beside_keys(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
-    """A model's modules but those of keys and values."""
-    modules = [(path, x) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Module)]
-    attention = {path for path, x in modules if "Attention" in type(x).__name__}
-    for path, module in modules:
-        is_inside = any(path[:n] in attention for n in range(len(path)))
-        if not is_inside or path[-1] in _OF_QUERIES or not _has_weights(module):
-            yield path, module
-
-
-def _has_weights(module: nnx.Module) -> bool:
-    """Whether it mixes what a token has, by weights of its own; a table of embeddings does not."""
-    own = (x for x in vars(module).values() if isinstance(x, nnx.Param))
-    return not isinstance(module, nnx.Embed) and any(x.ndim > 1 for x in own)

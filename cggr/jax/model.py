@@ -440,9 +440,14 @@ class CGGRModel(RoutedModule):
 
         def run(state: Any, arrays: Any, rows: BackwardRows) -> tuple[Array, Any]:
             model = nnx.merge(definition, state, copy=True)
-            set_backward_rows(model, rows, targets.size)
+            has_rows = set_backward_rows(model, rows, (shape[0], shape[1]))
             located = with_arrays(arrays)
             logits = checked_logits(logits_of(model(located.pop("input_ids"), **located)))
+            if not has_rows():
+                raise ValueError(
+                    f"split='backward' cannot be had: no linear layer of the model is given the "
+                    f"batch's rows, ({shape[0]}, {shape[1]}, ...) or ({targets.size}, ...)."
+                )
             return logits, nnx.state(model, nnx.Not(nnx.Param))
 
         def choose(arrays: Any, given: Any, logits: Array) -> tuple[BackwardRows, Any, Any]:
@@ -528,6 +533,12 @@ class CGGRModel(RoutedModule):
 
 def _arrays_of(inputs: dict[str, Any]) -> tuple[list[Any], Callable[[list[Any]], dict[str, Any]]]:
     """The arrays among the inputs, and what puts such into their places."""
+    for name, value in inputs.items():
+        if any(isinstance(x, nnx.Variable | nnx.Rngs) for _, x in nnx.iter_graph(value)):
+            raise ValueError(
+                f"split='backward' takes arrays as inputs, and {name} holds an nnx.Variable, which "
+                f"a forward pass may change: give it to the layers that use it when they are made."
+            )
     leaves, tree = jax.tree.flatten(inputs)
     places = [i for i, x in enumerate(leaves) if isinstance(x, Array | np.ndarray)]
 
@@ -556,13 +567,9 @@ def _possible_split(split: str, model: nnx.Module, options: dict[str, Any]) -> s
     if split == "sequence":
         return split
     if split == "backward":
-        linears, other = linears_of_rows(model)
-        if other is not None:
-            other = f"{other} has weights and is no nnx.Linear or nnx.LinearGeneral"
-        elif not linears:
-            other = f"{type(model).__name__} has no nnx.Linear or nnx.LinearGeneral"
-        if other is not None:
-            raise ValueError(f"split='backward' cannot be had: {other}.")
+        _, missing = linears_of_rows(model)
+        if missing is not None:
+            raise ValueError(f"split='backward' cannot be had: {missing}.")
         return split
     missing = missing_for_rows(model)
     if options.get("scope") == "batch":
