@@ -20,19 +20,8 @@ from cggr.jax.selected import put_rows, take_rows
 
 # Linear layers of attention: those that have no part in the keys and values, which all tokens read,
 # and those that make them, alone or together with queries.
-_OF_QUERIES = {
-    "q_proj",
-    "query",
-    "q",
-    "wq",
-    "o_proj",
-    "out_proj",
-    "out",
-    "o",
-    "wo",
-    "dense",
-    "c_proj",
-}
+_OF_QUERIES = {"q_proj", "query", "q", "wq", "o_proj", "out_proj", "out", "o", "wo"}
+_OF_QUERIES |= {"dense", "c_proj"}
 _OF_KEYS = {"k_proj", "v_proj", "key", "value", "k", "v", "wk", "wv", "kv_proj", "kv"}
 _OF_KEYS |= {"qkv_proj", "qkv", "wqkv", "c_attn", "query_key_value", "in_proj"}
 _LINEAR = (nnx.Linear, nnx.LinearGeneral)
@@ -169,9 +158,7 @@ def _is_in(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
 
 
 def _is_named_attention(module: nnx.Module) -> bool:
-    is_of_flax = {nnx.Module, nnx.Object, nnx.Pytree, object}
-    kinds = (kind for kind in type(module).__mro__ if kind not in is_of_flax)
-    return any("Attention" in kind.__name__ for kind in kinds)
+    return any("Attention" in kind.__name__ for kind in type(module).__mro__)
 
 
 def set_backward_rows(
