@@ -316,7 +316,11 @@ def test_wrong_labels_are_loud():
     ("arguments", "error", "message"),
     [
         ({"split": "token"}, ValueError, "split='token' cannot be had: Bigram.__call__ takes no"),
-        ({"split": "rows"}, ValueError, "split must be 'auto', 'sequence' or 'token', got 'rows'"),
+        (
+            {"split": "rows"},
+            ValueError,
+            "split must be one of 'auto', 'token', 'backward', 'sequence', got 'rows'",
+        ),
         ({"shift_labels": "auto"}, TypeError, "shift_labels must be True or False, got 'auto'"),
         ({"router": len}, TypeError, "router must be a flax.nnx module, got builtin_function"),
         ({"model": len}, TypeError, "model must be a flax.nnx module, got builtin_function"),

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import truth
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cggr import RoutingConfig
@@ -111,7 +111,25 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@given(CONFIGS, st.integers(0, 2**31 - 1), st.integers(0, 70), st.integers(0, 300))
+@example(
+    options={
+        "selection": "sequence_aware",
+        "scope": "sequence",
+        "min_tokens_ratio": 0.5,
+        "warmup_steps": 0,
+        "dynamic_threshold": False,
+        "min_tokens_per_sequence": 2,
+    },
+    step=0,
+    batch=0,
+    length=2,
+)
+@given(
+    options=CONFIGS,
+    step=st.integers(0, 2**31 - 1),
+    batch=st.integers(0, 70),
+    length=st.integers(0, 300),
+)
 def test_capacity_is_that_of_the_truth(options, step, batch, length):
     config = RoutingConfig(**options)
     assert config.capacity(step, batch, length) == truth.capacity(options, step, batch, length)

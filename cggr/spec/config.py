@@ -169,11 +169,11 @@ class RoutingConfig:
 
     def capacity_at(self, capacity_ratio: int, batch: int, length: int) -> int:
         """:meth:`capacity` for a given :meth:`capacity_ratio`."""
-        groups, size = (1, batch * length) if self.scope == "batch" else (batch, length)
+        sequences = batch if self.scope == "batch" else 1
+        size = sequences * length
         slots = schedule.ceil_share(size, capacity_ratio)
         if self.selection == "sequence_aware":
-            floor = min(self.min_tokens_per_sequence, length)
-            slots = max(slots, floor * (batch // max(groups, 1)))
+            slots = max(slots, sequences * min(self.min_tokens_per_sequence, length))
         return min(slots, size)
 
 
