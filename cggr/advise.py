@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,15 @@ def _windows(
         for document in documents
         for begin in range(0, len(document.text), size)
     ]
-    wanted, parts = n_tokens // context * context, [np.zeros(0, np.int32)]
+    wanted, n_encoded = n_tokens // context * context, 0
+    parts = [np.zeros(0, np.int32)]
     for place in np.random.default_rng(0).permutation(len(pieces)):
         text, begin = pieces[place]
         parts.append(
             encode(tokenizer, [text[begin : begin + size]], None if begin else end_of_text)
         )
-        if sum(map(len, parts)) >= wanted:
+        n_encoded += len(parts[-1])
+        if n_encoded >= wanted:
             break
     ids = np.concatenate(parts)[:wanted]
     ids = ids[: len(ids) // context * context]
@@ -151,20 +153,15 @@ def _statistics(
     found: dict[str, list[Any]] = {"difficulty": [], "nll": [], "error_norm": []}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("scored", total=len(ids_RS))
-        for rows in _batches(ids_RS, batch_size):
-            ids_BS = torch.from_numpy(rows).to(device)
+        for begin in range(0, len(ids_RS), batch_size):
+            ids_BS = torch.from_numpy(ids_RS[begin : begin + batch_size]).to(device)
             targets_BS = aligned_targets(ids_BS, None, shift=True, ignore_index=ignore_index)
             scores = scorer.score(targets_BS, input_ids=ids_BS)
             values = {"difficulty": scores.difficulty, **scores.statistics._asdict()}
             for name, parts in found.items():
                 parts.append(values[name][:, :-1].double().cpu().numpy())
-            progress.advance(task, len(rows))
+            progress.advance(task, len(ids_BS))
     return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def _batches(ids_RS: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    for begin in range(0, len(ids_RS), size):
-        yield ids_RS[begin : begin + size]
 
 
 def _table(advice: Sequence[Advice]) -> Table:

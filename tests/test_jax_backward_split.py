@@ -92,17 +92,22 @@ class Masked:
         return jnp.where(mask, y, jax.lax.stop_gradient(y))
 
 
+def masked(model, mask_BS, whole=()):
+    """A copy whose unselected rows are constants but for keys, values and layers that are whole."""
+    model = nnx.clone(model)
+    names = []
+    for path, module in nnx.iter_graph(model):
+        is_linear = isinstance(module, nnx.Linear | nnx.LinearGeneral)
+        if is_linear and path[-1] not in OF_KEYS and path[-1] not in whole:
+            module.dot_general = Masked(mask_BS)
+            names.append(path[-1])
+    assert len(names) >= 4
+    return model
+
+
 def reference(model, ids, labels, mask_BS, weight_BS, denominator, whole=()):
     """Loss and gradient of a model whose unselected rows are constants but for keys and values."""
-    model = nnx.clone(model)
-    masked = []
-    for path, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and path[-1] not in OF_KEYS:
-            if path[-1] in whole:
-                continue
-            module.dot_general = Masked(mask_BS)
-            masked.append(path[-1])
-    assert len(masked) >= 4
+    model = masked(model, mask_BS, whole)
 
     def loss(model):
         log_p = jax.nn.log_softmax(model(ids).astype(jnp.float32))
@@ -345,11 +350,8 @@ def test_what_a_model_leaves_in_variables_has_gradients_too():
         return model.balance[...]
 
     found = nnx.grad(balance, argnums=nnx.DiffState(0, nnx.Param))(routed)["model"]
-    plain = nnx.clone(routed.model)
-    for path, module in nnx.iter_graph(plain):
-        if isinstance(module, nnx.Linear | nnx.LinearGeneral) and path[-1] not in OF_KEYS:
-            selection, *_ = selected(routed_copy(routed), nnx.clone(routed.model), ids, ids, None)
-            module.dot_general = Masked(selection)
+    mask, *_ = selected(routed_copy(routed), nnx.clone(routed.model), ids, ids, None)
+    plain = masked(routed.model, mask)
     assert_same(found, nnx.grad(plain_balance, argnums=nnx.DiffState(0, nnx.Param))(plain))
 
 

@@ -112,12 +112,12 @@ class Measured:
         sizes = [p.numel() for p in self.parameters]
         least_P = torch.cat([x.mean().expand(x.numel()) for x in square_P.split(sizes)])
         self.unit_P = 1 / (square_P + LEAST * least_P)
-        gradients_BP = torch.stack(
+        self.dense_BP = torch.stack(
             [self.dense(ids) for ids in track(batches, "all tokens", console=PROGRESS)]
         )
-        mean_P = gradients_BP.mean(dim=0)
+        mean_P = self.dense_BP.mean(dim=0)
         n_batches = len(batches)
-        self.noise = sum(self.square(g - mean_P) for g in gradients_BP) / (n_batches - 1)
+        self.noise = sum(self.square(g - mean_P) for g in self.dense_BP) / (n_batches - 1)
         self.signal = self.square(mean_P) - self.noise / n_batches
 
     def square(self, gradient_P: Tensor) -> float:
@@ -142,9 +142,9 @@ class Measured:
         """Of a way to a gradient, over all batches."""
         total = 0.0
         # Draws of a batch have its tokens in common: only those of different ones are independent.
-        away_BP = torch.zeros(len(self.batches), len(self.unit_P), device=self.unit_P.device)
-        for ids, away_P in zip(track(self.batches, name, console=PROGRESS), away_BP, strict=True):
-            dense_P = self.dense(ids)
+        away_BP = torch.zeros_like(self.dense_BP)
+        batches = track(self.batches, name, console=PROGRESS)
+        for ids, dense_P, away_P in zip(batches, self.dense_BP, away_BP, strict=True):
             for _ in range(draws):
                 one_P = gradient(ids) - dense_P
                 total += self.square(one_P) / (draws * len(self.batches))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from cggr.jax.selected import put_rows, take_rows
+from cggr.jax.selected import put_rows, rows_of_slots, take_rows
 
 # Linear layers of attention: those that have no part in the keys and values, which all tokens read,
 # and those that make them, alone or together with queries.
@@ -48,10 +48,7 @@ class BackwardRows(NamedTuple):
     @classmethod
     def chosen(cls, indices: Array, size: int) -> BackwardRows:
         """Those of a selection's indices, of which unused ones are M or more."""
-        index_GC = jnp.atleast_2d(indices)
-        slot_C = jnp.arange(index_GC.shape[1], dtype=jnp.int32)
-        index_GC = jnp.where(index_GC < size, index_GC, size + slot_C)
-        return cls(index_GC, jnp.zeros((), jnp.float32))
+        return cls(rows_of_slots(indices, size), jnp.zeros((), jnp.float32))
 
 
 def loss_of_chosen(

@@ -40,7 +40,7 @@ from cggr.jax.router import TruncatedRouter, logits_of
 from cggr.jax.routing import RoutedModule, selection_metrics
 from cggr.jax.scorer import Scores, checked_module, checked_shift, score, with_mask
 from cggr.jax.selected import SelectedRows, every_row, reduce_loss, selected_rows
-from cggr.spec import RoutingConfig
+from cggr.spec import RoutingConfig, Selection
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import ONE
 
@@ -299,6 +299,54 @@ class CGGRModel(RoutedModule):
             shifted=self.shift_labels,
         )
 
+    def _has_router(self) -> bool:
+        return self.router is not None or self.truncation is not None
+
+    def _scores_of(
+        self,
+        logits: Array,
+        inputs: dict[str, Any],
+        targets: Array,
+        reference_nll: ArrayLike | None,
+    ) -> Scores | None:
+        """Of tokens that have their logits already; None if nothing is scored."""
+        if not self._scores():
+            return None
+        if self._has_router():
+            return self._score(inputs, targets, reference_nll)
+        answer = _Answer(jax.lax.stop_gradient(logits))
+        return self._score_by(answer, inputs, targets, reference_nll)
+
+    def _select_tokens(
+        self, scores: Scores | None, eligible: Array, *, step: Array, draw: Array, rank: int | Array
+    ) -> tuple[Selection, dict[str, Array]]:
+        """The tokens to train on, and what there is to say of them."""
+        scored = _scored(scores)
+        ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
+        selection = select_at_ratio(
+            jnp.zeros_like(eligible, dtype=jnp.float32) if scores is None else scores.difficulty,
+            self._rule,
+            ratio,
+            draw=draw,
+            rank=rank,
+            eligible=eligible,
+            capacity=self._slots(eligible.shape, self._rule),
+        )
+        n_selected = jnp.sum(selection.count, dtype=jnp.int32)
+        return selection, selection_metrics(
+            step=step, ratio=ratio, tokens_selected=n_selected, eligible=eligible, **scored
+        )
+
+    def _checked_labels(self, targets: Array, logits: Array, name: str = "labels") -> Array:
+        return checked_targets(
+            targets,
+            logits.shape[:-1],
+            logits.shape[-1],
+            self.config.ignore_index,
+            name=name,
+            shifted=self.shift_labels,
+        )
+
     def _every_token_sum(
         self,
         inputs: dict[str, Any],
@@ -311,20 +359,8 @@ class CGGRModel(RoutedModule):
         if self.split == "token":
             located = _with_positions(inputs, targets.shape)
         logits = checked_logits(logits_of(self.model(located.pop("input_ids"), **located)))
-        scores = None
-        if self._scores() and self.router is None and self.truncation is None:
-            answer = _Answer(jax.lax.stop_gradient(logits))
-            scores = self._score_by(answer, inputs, targets, reference_nll)
-        elif self._scores():
-            scores = self._score(inputs, targets, reference_nll)
-        targets = checked_targets(
-            targets,
-            logits.shape[:-1],
-            logits.shape[-1],
-            self.config.ignore_index,
-            name="labels",
-            shifted=self.shift_labels,
-        )
+        scores = self._scores_of(logits, inputs, targets, reference_nll)
+        targets = self._checked_labels(targets, logits)
         rows = every_row(targets, self.config.ignore_index)
         self._next_draw()
         self._record(
@@ -355,41 +391,17 @@ class CGGRModel(RoutedModule):
         logits = checked_logits(logits_of(output))
         if logits.ndim != 3:
             raise ValueError(f"model must return logits of shape (B, S, V), got {logits.shape}.")
-        n_classes, shifted = logits.shape[2], self.shift_labels
-        targets = checked_targets(
-            targets,
-            logits.shape[:2],
-            n_classes,
-            config.ignore_index,
-            name="labels",
-            shifted=shifted,
-        )
-        scores = None
-        if self._scores():
-            if self.router is None and self.truncation is None:
-                scores = self._score_by(_Answer(logits), inputs, targets, reference_nll)
-            else:
-                scores = self._score(inputs, targets, reference_nll)
-        scored = _scored(scores)
-        step = self.step_count[...].reshape(1)
-        ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
-        zeros_BS = jnp.zeros_like(targets, dtype=jnp.float32)
-        selection = select_at_ratio(
-            zeros_BS if scores is None else scores.difficulty,
-            self._rule,
-            ratio,
+        n_classes = logits.shape[2]
+        targets = self._checked_labels(targets, logits)
+        selection, metrics = self._select_tokens(
+            self._scores_of(logits, inputs, targets, reference_nll),
+            eligible,
+            step=self.step_count[...].reshape(1),
             draw=self._next_draw(),
             rank=rank,
-            eligible=eligible,
-            capacity=self._slots(targets.shape, self._rule),
         )
         index_BC = selection.indices
-        n_selected = jnp.sum(selection.count, dtype=jnp.int32)
-        self._record(
-            selection_metrics(
-                step=step, ratio=ratio, tokens_selected=n_selected, eligible=eligible, **scored
-            )
-        )
+        self._record(metrics)
 
         def take(name: str, x: Any) -> Any:
             return at_positions(name, x, index_BC, length)
@@ -414,7 +426,7 @@ class CGGRModel(RoutedModule):
             None,
             target_BC.reshape(-1),
             selection.weights.reshape(-1),
-            n_selected,
+            metrics["tokens_selected"],
             weighted=config.selection == "importance",
         )
         logits_RV = rows.take(logits)
@@ -433,7 +445,7 @@ class CGGRModel(RoutedModule):
         definition, state = nnx.split(self.model)
         arrays, with_arrays = _arrays_of(inputs)
         scores = None
-        if self._scores() and not (self.router is None and self.truncation is None):
+        if self._scores() and self._has_router():  # outside, as the router is no argument of it
             scores = self._score(inputs, targets, reference_nll)
         size = shape[1] if config.scope == "sequence" else targets.size
         capacity = self._slots(shape, self._rule)
@@ -452,36 +464,13 @@ class CGGRModel(RoutedModule):
 
         def choose(arrays: Any, given: Any, logits: Array) -> tuple[BackwardRows, Any, Any]:
             targets, eligible, scores, reference_nll, step, draw, rank = given
-            targets = checked_targets(
-                targets,
-                logits.shape[:-1],
-                logits.shape[-1],
-                config.ignore_index,
-                name="labels",
-                shifted=self.shift_labels,
-            )
-            if scores is None and self._scores():
-                answer = _Answer(jax.lax.stop_gradient(logits))
-                scores = self._score_by(answer, with_arrays(arrays), targets, reference_nll)
-            scored = _scored(scores)
-            ratio = token_ratio(self._rule, step, scored.get("confidence"), eligible)
-            selection = select_at_ratio(
-                jnp.zeros(shape, jnp.float32) if scores is None else scores.difficulty,
-                self._rule,
-                ratio,
-                draw=draw,
-                rank=rank,
-                eligible=eligible,
-                capacity=capacity,
+            targets = self._checked_labels(targets, logits)
+            if scores is None:
+                scores = self._scores_of(logits, with_arrays(arrays), targets, reference_nll)
+            selection, metrics = self._select_tokens(
+                scores, eligible, step=step, draw=draw, rank=rank
             )
             rows = selected_rows(selection, targets, config)
-            metrics = selection_metrics(
-                step=step,
-                ratio=ratio,
-                tokens_selected=rows.n_selected,
-                eligible=eligible,
-                **scored,
-            )
 
             def loss_sum(logits: Array) -> Array:
                 return dispatch.weighted_nll_sum(rows.take(logits), rows.label_R, rows.weight_R)
@@ -514,16 +503,8 @@ class CGGRModel(RoutedModule):
         """``Σ w nll`` of the model on these sequences."""
         inputs = dict(inputs)
         logits = checked_logits(logits_of(self.model(inputs.pop("input_ids"), **inputs)))
-        n_classes, ignore_index = logits.shape[-1], self.config.ignore_index
-        targets = checked_targets(
-            targets,
-            logits.shape[:-1],
-            n_classes,
-            ignore_index,
-            name=name,
-            shifted=self.shift_labels,
-        )
-        rows = every_row(targets, ignore_index)
+        targets = self._checked_labels(targets, logits, name)
+        rows = every_row(targets, self.config.ignore_index)
         if weight_C is not None:
             weight_R = rows.weight_R * jnp.repeat(weight_C, targets.shape[1])
             rows = rows._replace(weight_R=weight_R, weighted=True)

@@ -44,20 +44,26 @@ def selected_rows(selection: Selection, targets: Array, config: RoutingConfig) -
     target_N = targets.reshape(-1)
     n_selected = jnp.sum(selection.count, dtype=jnp.int32)
     weighted = config.selection == "importance"
-    index_GC = jnp.atleast_2d(selection.indices)
-    capacity = index_GC.shape[1]
     size = targets.shape[-1] if config.scope == "sequence" else target_N.shape[0]
-    # Beyond the group, so that nothing is read or written, and unique, so that the transpose, a
-    # scatter, needs no atomic additions.
-    slot_C = jnp.arange(capacity, dtype=jnp.int32)
-    index_GC = jnp.where(index_GC < size, index_GC, size + slot_C)
-    if capacity == size:  # a slot for every row: no row needs to move
+    index_GC = rows_of_slots(selection.indices, size)
+    if index_GC.shape[1] == size:  # a slot for every row: no row needs to move
         weight_R = selection.mask.reshape(-1).astype(jnp.float32)
         if weighted:
             weight_R = put_rows(selection.weights.reshape(-1, 1), index_GC, len(target_N))[:, 0]
         return SelectedRows(None, target_N, weight_R, n_selected, weighted)
     label_R = take_rows(target_N[:, None], index_GC)[:, 0]
     return SelectedRows(index_GC, label_R, selection.weights.reshape(-1), n_selected, weighted)
+
+
+def rows_of_slots(indices: Array, size: int) -> Array:
+    """A selection's indices ``(G, C)`` into groups of `size`, those of unused slots beyond them.
+
+    Beyond the group, so that nothing is read or written, and unique, so that the transpose, a
+    scatter, needs no atomic additions.
+    """
+    index_GC = jnp.atleast_2d(indices)
+    slot_C = jnp.arange(index_GC.shape[1], dtype=jnp.int32)
+    return jnp.where(index_GC < size, index_GC, size + slot_C)
 
 
 def every_row(targets: Array, ignore_index: int) -> SelectedRows:
