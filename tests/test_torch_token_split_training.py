@@ -83,9 +83,19 @@ def bytes_in_use():
     if CUDA:
         return torch.cuda.memory_allocated()
     tensors = (x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
-    return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    storages = (x.untyped_storage() for x in tensors if not x.is_meta)
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
 
+@pytest.fixture
+def nothing_from_before():
+    """Hides the tensors that other tests left in this process from the collector."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_from_before")
 @pytest.mark.float64  # of the scaler, and where it is compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are not wanted here
