@@ -191,8 +191,8 @@ class CGGRLoss(_SelectiveLoss):
 
     After ``eval()``, the mean over all tokens.
 
-    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
-    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
+    measured.
 
     Args:
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.

@@ -71,8 +71,8 @@ class CGGRModel(RoutedModule):
 
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
-    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
-    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
+    measured.
 
     Args:
         model: An nnx module ``(input_ids, ...) -> logits`` (an array, a tuple that starts with

@@ -21,16 +21,16 @@ MAX_STRATA = 256
 class RoutingConfig:
     """Which tokens to learn from; immutable and hashable, so it can be a static argument of jit.
 
-    Names and defaults are those of cggr 0.5.0 where it had them. ``selection="topk"`` alone lost
-    to random selection when measured; prefer ``"importance"`` or ``"stratified"``.
+    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`: its
+    ``"topk"`` lost to random selection wherever the two were measured.
 
     Args:
         scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,
             ``"error_norm"``, ``"excess_loss"``, or a callable ``TokenStatistics -> scores``
             written in the array API. See :func:`cggr.spec.scoring.token_difficulty`.
-        selection: Which tokens are kept: ``"topk"``, ``"stratified"``, ``"sequence_aware"``,
-            ``"importance"``, ``"random"``, or ``"fixed_quota"`` (topk without the dynamic
-            threshold). See :func:`cggr.spec.selection.select_tokens`.
+        selection: Which tokens are kept: ``"importance"``, ``"stratified"``,
+            ``"sequence_aware"``, ``"topk"``, ``"random"``, or ``"fixed_quota"`` (topk without the
+            dynamic threshold). See :func:`cggr.spec.selection.select_tokens`.
         min_tokens_ratio: Fraction of the eligible tokens to keep after the warm-up, in (0, 1].
         warmup_steps: Optimizer steps over which the ratio falls linearly from 1 to
             `min_tokens_ratio`.
@@ -61,7 +61,7 @@ class RoutingConfig:
     """
 
     scoring: str | Callable[..., Any] = "combined"
-    selection: str = "topk"
+    selection: str = "importance"
     min_tokens_ratio: float = 0.25
     warmup_steps: int = 1000
     dynamic_threshold: bool = True

@@ -111,8 +111,8 @@ class CGGRLoss(_SelectiveLoss):
     ``Σ w nll / n_eligible``, an unbiased estimate of the mean over all. In eval mode, the mean
     over all. Logits and targets are aligned: row t is scored against target t.
 
-    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
-    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
+    measured.
 
     Args:
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.

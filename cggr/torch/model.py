@@ -78,8 +78,8 @@ class CGGRModel(nn.Module):
 
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
-    Top-k selection, the default of cggr 0.5.0 and still the default here, lost to random
-    selection when measured; prefer ``selection="importance"`` or ``"stratified"``.
+    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
+    measured.
 
     Args:
         model: ``(input_ids, ...) -> logits`` (a tensor, or an output with ``.logits``).
