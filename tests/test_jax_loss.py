@@ -251,7 +251,9 @@ def easy(statistics):
 
 
 def test_a_callable_score_selects():
-    config = config_of(scoring=easy, dynamic_threshold=False, min_tokens_ratio=0.1)
+    config = config_of(
+        scoring=easy, selection="topk", dynamic_threshold=False, min_tokens_ratio=0.1
+    )
     logits, targets = batch(ignored=0)
     capacity = config.capacity(0, *SHAPE)
     _, gradient = value_and_grad(logits, targets, config, 0, 0, capacity)

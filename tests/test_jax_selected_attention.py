@@ -121,7 +121,6 @@ def calls(monkeypatch):
         ("bidirectional", EVERY),
         ("rotary", CAUSAL),
         ("window", Interval(3, 0)),
-        ("learned, mask", None),
         ("bias", None),
     ],
 )

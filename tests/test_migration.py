@@ -81,7 +81,7 @@ def test_native_integration():
     class Block(nn.Module):
         def __init__(self, router, expert):
             super().__init__()
-            self.scorer = CGGRScorer(router, min_tokens_ratio=0.5)
+            self.scorer = CGGRScorer(router, min_tokens_ratio=0.5, selection="topk")
             self.expert = expert
 
         def forward(self, input_ids, x):

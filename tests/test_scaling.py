@@ -16,11 +16,12 @@ FORCED = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORM
     ("script", "option", "wrappers"),
     [
         ("scaling", "--processes", ("ddp", "fsdp", "fsdp, kept")),
-        ("jax_scaling", "--devices", ("replicated", "sharded", "per device")),
+        ("jax_scaling", "--devices", ("sharded", "per device")),
     ],
 )
 def test_speed_of_each_way_is_set_against_one_process(script, option, wrappers, tmp_path):
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), option, "1", "2", "--rounds=1"]
+    command += ["--wrappers", *wrappers]
     environment = os.environ | FORCED | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, f"--out={tmp_path}"], capture_output=True, text=True, env=environment

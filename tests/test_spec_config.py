@@ -13,7 +13,7 @@ from cggr import RoutingConfig
 from cggr.spec.schedule import ONE, ceil_share, token_count
 
 
-def test_defaults_are_those_of_cggr_0_5_0():
+def test_defaults_are_those_of_cggr_0_5_0_but_for_the_selection():
     fields = {f.name: f.default for f in dataclasses.fields(RoutingConfig)}
     assert fields == truth.DEFAULTS
 

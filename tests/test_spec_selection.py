@@ -225,8 +225,14 @@ def test_compiled_backends_select_as_the_truth_does(backend, rule, scope, shape,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for torch's inductor")
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "fixed_quota"])
+@pytest.mark.parametrize(
+    ("rule", "scope"),
+    [
+        *((rule, "batch") for rule in RULES if rule != "fixed_quota"),
+        ("stratified", "sequence"),
+        ("importance", "sequence"),
+    ],
+)
 def test_inductor_selects_as_the_truth_does(rule, scope):
     compare("torch-inductor", rule, scope, *STATIC[1])
 

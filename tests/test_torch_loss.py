@@ -128,7 +128,7 @@ def test_excess_loss_is_measured_against_the_reference():
 def test_a_callable_score_selects():
     options = {"warmup_steps": 0, "dynamic_threshold": False, "min_tokens_ratio": 0.1}
     logits, targets = batch(ignored=0)
-    criterion = CGGRLoss(scoring=lambda statistics: -statistics.nll, **options)
+    criterion = CGGRLoss(scoring=lambda statistics: -statistics.nll, selection="topk", **options)
     criterion(logits, targets).backward()
     nll = truth.statistics(array(logits), targets.numpy())["nll"]
     k = math.ceil(nll.size * round(0.1 * 2**14) / 2**14)

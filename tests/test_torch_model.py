@@ -769,7 +769,7 @@ def test_position_ids_of_a_real_model():
             logits = model(input_ids=input_ids, **inputs).logits
             router = create_truncated_router(model, num_layers=1)
             routed = router(input_ids, **inputs)
-            options = {"min_tokens_ratio": 0.5, **OFF}
+            options = {"min_tokens_ratio": 0.5, "selection": "topk", **OFF}
             loss = CGGRModel(model, router, **options)(input_ids, labels=input_ids, **inputs)
         targets = aligned(input_ids)
         chosen = chosen_sequences(routed, targets, options)
@@ -784,7 +784,7 @@ def test_token_type_ids_of_a_real_model():
     router = create_truncated_router(model, num_layers=1)
     with torch.no_grad():
         logits = model(input_ids=input_ids, token_type_ids=types).logits
-        options = {"min_tokens_ratio": 0.5, **OFF}
+        options = {"min_tokens_ratio": 0.5, "selection": "topk", **OFF}
         loss = CGGRModel(model, router, **options)(input_ids, labels, token_type_ids=types)
         chosen = chosen_sequences(router(input_ids, token_type_ids=types), labels.numpy(), options)
     want = sequence_loss(logits, labels.numpy(), chosen)
@@ -810,7 +810,7 @@ def test_inputs_embeds_in_place_of_ids():
 def test_without_a_router_the_model_scores():
     model = models.build("llama")
     input_ids = models.token_ids(6)
-    options = {"min_tokens_ratio": 0.5, **OFF}
+    options = {"min_tokens_ratio": 0.5, "selection": "topk", **OFF}
     with torch.no_grad():
         logits = model(input_ids=input_ids).logits
         loss = CGGRModel(model, **options)(input_ids, labels=input_ids)

@@ -14,7 +14,7 @@ GOLDEN = 0x9E3779B9
 
 DEFAULTS = {
     "scoring": "combined",
-    "selection": "topk",
+    "selection": "importance",
     "scope": "batch",
     "min_tokens_ratio": 0.25,
     "warmup_steps": 1000,

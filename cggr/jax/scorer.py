@@ -39,6 +39,10 @@ class Scores(NamedTuple):
 class CGGRScorer(RoutedModule):
     """Difficulty of every token and a mask of those worth the effort, from a router.
 
+    The mask of ``selection="importance"`` is a sample, for a loss that is weighted by
+    ``info["selection"]``. Where no loss is, as of tokens that an expert is spent on,
+    ``selection="topk"`` takes the hardest.
+
     Args:
         router: A :class:`TruncatedRouter`, or any nnx module ``(input_ids, ...) -> logits`` (an
             array, a tuple that starts with them, or an output with ``.logits``). It runs without

@@ -98,7 +98,7 @@ def select_tokens(
     Example:
         >>> import numpy as np
         >>> difficulty = np.array([[0.1, 3.0, 2.0, 0.2]], dtype=np.float32)
-        >>> config = RoutingConfig(min_tokens_ratio=0.5, warmup_steps=0)
+        >>> config = RoutingConfig(selection="topk", min_tokens_ratio=0.5, warmup_steps=0)
         >>> select_tokens(difficulty, config).indices.tolist()
         [1, 2]
 
