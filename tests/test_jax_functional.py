@@ -648,6 +648,14 @@ def test_select_tokens_hands_every_argument_over(selection, scope):
         assert not np.array_equal(changed.mask, want.mask), name
 
 
+def test_without_a_draw_the_step_is_it():
+    config = RoutingConfig(selection="random", warmup_steps=0)
+    difficulty = jnp.zeros((4, 16))
+    masks = [select_tokens(difficulty, config, step=7, **draw).mask for draw in ({}, {"draw": 7})]
+    assert np.array_equal(*masks)
+    assert not np.array_equal(masks[0], select_tokens(difficulty, config, step=7, draw=0).mask)
+
+
 def test_the_capacity_of_a_step_the_host_knows_is_found():
     for scope in ("batch", "sequence"):
         config = RoutingConfig(warmup_steps=100, scope=scope)

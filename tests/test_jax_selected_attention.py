@@ -121,6 +121,7 @@ def calls(monkeypatch):
         ("bidirectional", EVERY),
         ("rotary", CAUSAL),
         ("window", Interval(3, 0)),
+        ("learned, mask", None),
         ("bias", None),
     ],
 )

@@ -14,8 +14,14 @@ from cggr.spec.schedule import ONE, ceil_share, token_count
 
 
 def test_defaults_are_those_of_cggr_0_5_0_but_for_the_selection():
-    fields = {f.name: f.default for f in dataclasses.fields(RoutingConfig)}
-    assert fields == truth.DEFAULTS
+    assert dataclasses.asdict(RoutingConfig()) == truth.DEFAULTS
+
+
+def test_an_excess_loss_is_a_rank_unless_another_selection_is_named():
+    assert RoutingConfig(scoring="excess_loss").selection == "topk"
+    assert RoutingConfig(scoring="excess_loss", selection="importance").selection == "importance"
+    assert RoutingConfig(scoring="loss").selection == "importance"
+    assert RoutingConfig(scoring=lambda statistics: statistics.nll).selection == "importance"
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,14 @@ def test_an_empty_batch_selects_nothing(rule, scope, shape):
     assert not result.count.any()
 
 
+def test_without_a_draw_the_step_is_it():
+    difficulty = np.random.default_rng(0).random((4, 16)).astype(np.float32)
+    config = RoutingConfig(selection="random", warmup_steps=0)
+    masks = [select_tokens(difficulty, config, step=7, **draw).mask for draw in ({}, {"draw": 7})]
+    assert np.array_equal(*masks)
+    assert not np.array_equal(masks[0], select_tokens(difficulty, config, step=7, draw=0).mask)
+
+
 def test_importances_that_lie_far_apart_make_no_overflow():
     options = {"selection": "importance", "importance_floor": 1e-30, "min_tokens_ratio": 1 / 3}
     options |= {"warmup_steps": 0, "dynamic_threshold": False}

@@ -53,6 +53,8 @@ def merged(cfg):
     if unknown:
         raise KeyError(f"not a RoutingConfig field: {sorted(unknown)}")
     full = {**DEFAULTS, **cfg}
+    if full["scoring"] == "excess_loss" and "selection" not in cfg:
+        full["selection"] = "topk"
     if full["selection"] not in SELECTIONS:
         raise ValueError(f"selection {full['selection']!r}")
     if full["scope"] not in ("batch", "sequence"):
@@ -342,7 +344,7 @@ def select(
     difficulty,
     cfg,
     step=0,
-    draw=0,
+    draw=None,
     rank=0,
     eligible=None,
     confidence=None,
@@ -362,6 +364,7 @@ def select(
 
     scores = scores.ravel()
     hardness = [float("inf") if v != v else v for v in scores.tolist()]
+    draw = step if draw is None else draw
     bits = uniform_bits_array(cfg["seed"], draw, rank, np.arange(tokens)).tolist()
 
     rows = [[i for i in range(b * length, (b + 1) * length) if allowed[i]] for b in range(batch)]

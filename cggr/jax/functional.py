@@ -130,7 +130,7 @@ def select_tokens(
     config: RoutingConfig,
     *,
     step: int | Array = 0,
-    draw: int | Array = 0,
+    draw: int | Array | None = None,
     rank: int | Array = 0,
     eligible: ArrayLike | None = None,
     confidence: ArrayLike | None = None,
@@ -144,7 +144,8 @@ def select_tokens(
         difficulty: As in the spec, like all arguments that are not listed here.
         config: The routing options.
         step: Optimizer step, a Python int or an int32 array.
-        draw: Number of the training forward, for the sampling rules; like `step`.
+        draw: Number of the training forward, for the sampling rules, of which another number is
+            another sample; like `step`, which it is when None.
         rank: Number of the shard, such as ``jax.lax.axis_index("data")`` inside shard_map, so that
             shards draw independently; like `step`.
         eligible: Bool, of the difficulty's shape.
@@ -157,7 +158,8 @@ def select_tokens(
         ValueError: Shapes disagree or `capacity` is out of range.
 
     Example:
-        >>> config = RoutingConfig(min_tokens_ratio=0.5, warmup_steps=0, dynamic_threshold=False)
+        >>> options = {"min_tokens_ratio": 0.5, "warmup_steps": 0, "dynamic_threshold": False}
+        >>> config = RoutingConfig(selection="topk", **options)
         >>> select_tokens(jnp.array([[0.5, 3.0, 1.0, 2.0]]), config).indices.tolist()
         [1, 3]
     """
@@ -168,7 +170,7 @@ def select_tokens(
         difficulty,
         selection_options(config),
         step=_word("step", step),
-        draw=_word("draw", draw),
+        draw=_word("draw", step if draw is None else draw),
         rank=_word("rank", rank),
         eligible=None if eligible is None else jnp.asarray(eligible),
         confidence=None if confidence is None else jnp.asarray(confidence),

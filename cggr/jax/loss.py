@@ -42,7 +42,7 @@ def cggr_loss(
     config: RoutingConfig,
     *,
     step: int | Array,
-    draw: int | Array = 0,
+    draw: int | Array | None = None,
     rank: int | Array = 0,
     capacity: int | None = None,
     reference_nll: ArrayLike | None = None,
@@ -65,7 +65,8 @@ def cggr_loss(
         targets: ``(B, S)`` or ``(N,)``, integers in ``[0, V)`` or ``config.ignore_index``.
         config: The routing options.
         step: Optimizer step, an int32 array, or a Python int outside jit.
-        draw: Number of the training forward, for the sampling rules: another draw, another sample.
+        draw: Number of the training forward, for the sampling rules, of which another number is
+            another sample: to be given where a step has several micro-batches. `step` when None.
         rank: Number of the shard inside shard_map, ``jax.lax.axis_index("data")``.
         capacity: Slots of the selection, a Python int. None takes it from `step`, which then must
             be a Python int.
@@ -107,7 +108,7 @@ def cggr_linear_loss(
     config: RoutingConfig,
     *,
     step: int | Array,
-    draw: int | Array = 0,
+    draw: int | Array | None = None,
     rank: int | Array = 0,
     capacity: int | None = None,
     bias: ArrayLike | None = None,
@@ -191,8 +192,8 @@ class CGGRLoss(_SelectiveLoss):
 
     After ``eval()``, the mean over all tokens.
 
-    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
-    measured.
+    ``selection="topk"``, the default of cggr 0.5.0, trains on another gradient than the dense
+    loss's, and lost to random selection by its scores.
 
     Args:
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.
@@ -373,7 +374,7 @@ def _select(
     targets: Array,
     config: RoutingConfig,
     step: int | Array,
-    draw: int | Array,
+    draw: int | Array | None,
     rank: int | Array,
     capacity: int | None,
     reference_nll: ArrayLike | None,

@@ -21,8 +21,9 @@ MAX_STRATA = 256
 class RoutingConfig:
     """Which tokens to learn from; immutable and hashable, so it can be a static argument of jit.
 
-    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`: its
-    ``"topk"`` lost to random selection wherever the two were measured.
+    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`, of which its
+    was ``"topk"``: by its scores that trains on another gradient than the dense loss's, and lost to
+    random selection.
 
     Args:
         scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,
@@ -30,7 +31,9 @@ class RoutingConfig:
             written in the array API. See :func:`cggr.spec.scoring.token_difficulty`.
         selection: Which tokens are kept: ``"importance"``, ``"stratified"``,
             ``"sequence_aware"``, ``"topk"``, ``"random"``, or ``"fixed_quota"`` (topk without the
-            dynamic threshold). See :func:`cggr.spec.selection.select_tokens`.
+            dynamic threshold). See :func:`cggr.spec.selection.select_tokens`. None is
+            ``"importance"``, but ``"topk"`` of ``"excess_loss"``, whose noise has no part in the
+            loss then; a weighted sample would estimate the mean over all tokens, noise included.
         min_tokens_ratio: Fraction of the eligible tokens to keep after the warm-up, in (0, 1].
         warmup_steps: Optimizer steps over which the ratio falls linearly from 1 to
             `min_tokens_ratio`.
@@ -40,8 +43,8 @@ class RoutingConfig:
             1 to 256.
         min_tokens_per_sequence: How many tokens of every sequence ``"sequence_aware"`` keeps at
             least.
-        importance_floor: Added to every difficulty by ``"importance"``, so that each token can be
-            drawn; in [1e-30, 1e30], in the unit of the score.
+        importance_floor: Added to every difficulty by ``"importance"``, to which a negative one is
+            0, so that each token can be drawn; in [1e-30, 1e30], in the unit of the score.
         scope: ``"batch"`` ranks over the whole batch, ``"sequence"`` inside every sequence.
         seed: Seed of the sampling selections, in [0, 2**32).
         ignore_index: Target that is never scored, selected or counted.
@@ -61,7 +64,7 @@ class RoutingConfig:
     """
 
     scoring: str | Callable[..., Any] = "combined"
-    selection: str = "importance"
+    selection: str | None = None
     min_tokens_ratio: float = 0.25
     warmup_steps: int = 1000
     dynamic_threshold: bool = True
@@ -76,6 +79,8 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         if not callable(self.scoring):
             _check_choice("scoring", self.scoring, SCORINGS, " or a callable")
+        if self.selection is None:
+            self._set("selection", "topk" if self.scoring == "excess_loss" else "importance")
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("scope", self.scope, SCOPES)
         self._set("min_tokens_ratio", _number("min_tokens_ratio", self.min_tokens_ratio))

@@ -49,7 +49,7 @@ def select_tokens(
     config: RoutingConfig,
     *,
     step: Any = 0,
-    draw: Any = 0,
+    draw: Any = None,
     rank: Any = 0,
     eligible: Any = None,
     confidence: Any = None,
@@ -77,7 +77,8 @@ def select_tokens(
         config: The routing options.
         step: Optimizer step, for the ratio's warm-up: a Python int or an int32 array of one
             element.
-        draw: Number of the training forward, for the sampling rules; like `step`.
+        draw: Number of the training forward, for the sampling rules, of which another number is
+            another sample; like `step`, which it is when None.
         rank: Rank of the process, so that ranks draw independently; like `step`.
         eligible: Which tokens may be selected, bool of the difficulty's shape; all when None.
         confidence: Top probability of every token, of the difficulty's shape; without it the
@@ -113,7 +114,14 @@ def select_tokens(
     step = _as_word(step, difficulty, xp)
     ratio = schedule.token_ratio(config, step, confidence, eligible, xp=xp)
     return select_at_ratio(
-        difficulty, config, ratio, draw=draw, rank=rank, eligible=eligible, capacity=capacity, xp=xp
+        difficulty,
+        config,
+        ratio,
+        draw=step if draw is None else draw,
+        rank=rank,
+        eligible=eligible,
+        capacity=capacity,
+        xp=xp,
     )
 
 

@@ -130,7 +130,7 @@ def select_tokens(
     config: RoutingConfig,
     *,
     step: int | Tensor = 0,
-    draw: int | Tensor = 0,
+    draw: int | Tensor | None = None,
     rank: int | Tensor = 0,
     eligible: Tensor | None = None,
     confidence: Tensor | None = None,
@@ -142,7 +142,8 @@ def select_tokens(
     a capacity nothing synchronises, and the call traces under ``torch.compile(fullgraph=True)``.
 
     Example:
-        >>> config = RoutingConfig(min_tokens_ratio=0.5, warmup_steps=0, dynamic_threshold=False)
+        >>> options = {"min_tokens_ratio": 0.5, "warmup_steps": 0, "dynamic_threshold": False}
+        >>> config = RoutingConfig(selection="topk", **options)
         >>> select_tokens(torch.tensor([[0.5, 3.0, 1.0, 2.0]]), config).mask
         tensor([[False,  True, False,  True]])
     """

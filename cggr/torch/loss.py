@@ -111,8 +111,8 @@ class CGGRLoss(_SelectiveLoss):
     ``Σ w nll / n_eligible``, an unbiased estimate of the mean over all. In eval mode, the mean
     over all. Logits and targets are aligned: row t is scored against target t.
 
-    ``selection="topk"``, the default of cggr 0.5.0, lost to random selection wherever the two were
-    measured.
+    ``selection="topk"``, the default of cggr 0.5.0, trains on another gradient than the dense
+    loss's, and lost to random selection by its scores.
 
     Args:
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.

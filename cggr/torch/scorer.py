@@ -46,7 +46,7 @@ class CGGRScorer(RoutedModule):
     """Difficulty of every token and a mask of those worth the effort, from a router.
 
     The mask of ``selection="importance"`` is a sample, for a loss that is weighted by
-    ``info["selection"]``. Where no loss is, as of tokens that an expert is spent on,
+    ``info["selection"].weights``. Where none is, as of tokens that an expert is spent on,
     ``selection="topk"`` takes the hardest.
 
     Args:
