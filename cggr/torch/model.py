@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -380,7 +381,7 @@ class CGGRModel(nn.Module):
         reference_nll: Tensor | None,
     ) -> tuple[Tensor, SelectedRows]:
         """``Σ w nll`` over the tokens to train on."""
-        scorer, config, rule = self.scorer, self.config, self._rule
+        scorer, config = self.scorer, self.config
         recorded, hidden, synchronise = None, None, self._synchronises
         depth = self._scoring_depth(split)
         if config.selects_all:  # one dense pass does
@@ -395,25 +396,13 @@ class CGGRModel(nn.Module):
         else:
             ran = recorded.hidden_BSD if self._scores_itself or depth is not None else None
         difficulty, scored = self._score(targets, reference_nll, model_inputs, ran)
-        scorer.follow(targets.device)
-        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
-        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        ratio, select = self._next_selection(scored, eligible)
         if recorded is None:
             assert hidden is not None
             total, rows = self._sum_of_all(split, hidden, targets)
         else:
-            with torch.no_grad():
-                selection = select_at_ratio(
-                    difficulty,
-                    rule,
-                    ratio,
-                    draw=draw,
-                    rank=process_rank(tensor_parallel_group(self.model)),
-                    eligible=eligible,
-                    capacity=scorer.slots(targets.shape[0], targets.shape[1], rule),
-                    xp=xp,
-                )
-                selection, index_BC = _filled(selection, targets.shape[1])
+            capacity = scorer.slots(targets.shape[0], targets.shape[1], self._rule)
+            selection, index_BC = _filled(select(difficulty, eligible, capacity), targets.shape[1])
             rows = selected_rows(
                 selection,
                 targets,
@@ -460,24 +449,12 @@ class CGGRModel(nn.Module):
             difficulty, scored = _parts(scorer.scores_of(statistics, eligible, reference_nll))
         else:
             difficulty, scored = self._score(targets, reference_nll, model_inputs)
-        scorer.follow(targets.device)
-        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
-        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        ratio, select = self._next_selection(scored, eligible)
         if chosen is None:
             rows = every_row(targets, split.router.n_classes, config.ignore_index)
         else:
-            with torch.no_grad():
-                selection = select_at_ratio(
-                    difficulty,
-                    config,
-                    ratio,
-                    draw=draw,
-                    rank=process_rank(tensor_parallel_group(self.model)),
-                    eligible=eligible,
-                    capacity=capacity,
-                    xp=xp,
-                )
-                chosen.choose(selection.mask.flatten())
+            selection = select(difficulty, eligible, capacity)
+            chosen.choose(selection.mask.flatten())
             rows = selected_rows(
                 selection,
                 targets,
@@ -508,22 +485,11 @@ class CGGRModel(nn.Module):
         difficulty, scored = self._score(targets, reference_nll, model_inputs, hidden)
         mean_difficulty_B = difficulty.sum(dim=1) / eligible.sum(dim=1).clamp(min=1)
         config, scorer, batch = self.config, self.scorer, targets.shape[0]
-        scorer.follow(targets.device)
-        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
-        ratio = token_ratio(config, step, scored.get("confidence"), eligible, xp=xp)
+        ratio, select = self._next_selection(scored, eligible)
         weight_C = None
         if not scorer.selects_all:
-            with torch.no_grad():
-                selection = select_at_ratio(
-                    mean_difficulty_B,
-                    self._rule,
-                    ratio,
-                    draw=draw,
-                    rank=process_rank(tensor_parallel_group(self.model)),
-                    eligible=eligible.any(dim=1),
-                    capacity=scorer.slots(1, batch, self._rule),
-                    xp=xp,
-                )
+            capacity = scorer.slots(1, batch, self._rule)
+            selection = select(mean_difficulty_B, eligible.any(dim=1), capacity)
             index_C, selected_weight_C = selection.indices.long(), selection.weights
             if index_C.shape[0] == 0:  # nothing eligible: one unused slot keeps the graph connected
                 index_C = index_C.new_full((1,), batch)
@@ -538,6 +504,34 @@ class CGGRModel(nn.Module):
         count = (targets != config.ignore_index).sum(dtype=torch.int32)
         scorer.record(ratio=ratio, tokens_selected=count, eligible=eligible, **scored)
         return model_inputs, targets, weight_C
+
+    def _next_selection(
+        self, scored: dict[str, Tensor], eligible: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, int | None], Selection]]:
+        """The ratio of this forward, and what selects at it.
+
+        That takes difficulties, which of them are eligible, and a capacity.
+        """
+        scorer = self.scorer
+        scorer.follow(eligible.device)
+        draw, step = scorer.next_draw(), scorer.step_count.reshape(1)
+        ratio = token_ratio(self.config, step, scored.get("confidence"), eligible, xp=xp)
+        rank = process_rank(tensor_parallel_group(self.model))
+
+        def select(difficulty: Tensor, eligible: Tensor, capacity: int | None) -> Selection:
+            with torch.no_grad():
+                return select_at_ratio(
+                    difficulty,
+                    self._rule,
+                    ratio,
+                    draw=draw,
+                    rank=rank,
+                    eligible=eligible,
+                    capacity=capacity,
+                    xp=xp,
+                )
+
+        return ratio, select
 
     def _score(
         self,
