@@ -312,7 +312,7 @@ def test_excess_loss_takes_the_reference_of_the_predicting_position():
     reference = torch.from_numpy(nll.astype(np.float32))
     reference[4] -= 5  # only this sequence is harder than the reference says
     reference[:, -1] = -1e6  # where nothing is predicted
-    wrapped = CGGRModel(model, scoring="excess_loss", selection="topk", min_tokens_ratio=0.1, **OFF)
+    wrapped = CGGRModel(model, scoring="excess_loss", min_tokens_ratio=0.1, **OFF)
     wrapped(ids, labels=ids, reference_nll=reference)
     assert torch.equal(batches[-1], ids[4:5])
 

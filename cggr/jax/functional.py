@@ -170,7 +170,7 @@ def select_tokens(
         difficulty,
         selection_options(config),
         step=_word("step", step),
-        draw=_word("draw", step if draw is None else draw),
+        draw=None if draw is None else _word("draw", draw),
         rank=_word("rank", rank),
         eligible=None if eligible is None else jnp.asarray(eligible),
         confidence=None if confidence is None else jnp.asarray(confidence),

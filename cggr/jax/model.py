@@ -72,7 +72,7 @@ class CGGRModel(RoutedModule):
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
     ``selection="topk"``, the default of cggr 0.5.0, trains on another gradient than the dense
-    loss's, and lost to random selection by its scores.
+    loss's, and lost to random selection by the default score.
 
     Args:
         model: An nnx module ``(input_ids, ...) -> logits`` (an array, a tuple that starts with

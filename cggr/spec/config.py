@@ -21,9 +21,9 @@ MAX_STRATA = 256
 class RoutingConfig:
     """Which tokens to learn from; immutable and hashable, so it can be a static argument of jit.
 
-    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`, of which its
-    was ``"topk"``: by its scores that trains on another gradient than the dense loss's, and lost to
-    random selection.
+    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`: there it was
+    ``"topk"``, which trains on another gradient than the dense loss's, and lost to random selection
+    by the default score.
 
     Args:
         scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,

@@ -112,7 +112,7 @@ class CGGRLoss(_SelectiveLoss):
     over all. Logits and targets are aligned: row t is scored against target t.
 
     ``selection="topk"``, the default of cggr 0.5.0, trains on another gradient than the dense
-    loss's, and lost to random selection by its scores.
+    loss's, and lost to random selection by the default score.
 
     Args:
         config: The routing options; or give the fields of :class:`RoutingConfig` as keywords.

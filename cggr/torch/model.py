@@ -80,7 +80,7 @@ class CGGRModel(nn.Module):
     With ``selection="importance"`` the loss is an unbiased estimate of the dense loss.
 
     ``selection="topk"``, the default of cggr 0.5.0, trains on another gradient than the dense
-    loss's, and lost to random selection by its scores.
+    loss's, and lost to random selection by the default score.
 
     Args:
         model: ``(input_ids, ...) -> logits`` (a tensor, or an output with ``.logits``).
