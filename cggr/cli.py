@@ -278,6 +278,12 @@ _TEXT = click.option(
     click.option("--save", metavar="LANE", help="Leave this lane's model in the run's folder."),
     click.option("--hidden-size", type=_POSITIVE, default=192),
     click.option("--head-size", type=_POSITIVE, default=32),
+    click.option(
+        "--kv-heads",
+        type=_POSITIVE,
+        show_default="as many as of queries",
+        help="Heads of keys and values.",
+    ),
     click.option("--layers", type=_POSITIVE, default=4),
     click.option("--vocab-size", type=click.IntRange(min=257), default=4096),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
@@ -315,7 +321,7 @@ def race(
     The report goes to runs/NAME: report.png, results.json and table.txt.
     """
     if options["model"] is not None:
-        for option in ("hidden_size", "head_size", "layers", "vocab_size"):
+        for option in ("hidden_size", "head_size", "kv_heads", "layers", "vocab_size"):
             if ctx.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT:
                 raise click.UsageError(
                     f"--{option.replace('_', '-')} shapes a new model; --model brings its own"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -202,7 +203,7 @@ with open("calls.jsonl", "a") as file:
 """
 
 
-def recorded(study_of, settings, tmp_path, monkeypatch, *, minutes=9.0, gpus=2, extra=()):
+def recorded(study_of, settings, tmp_path, monkeypatch, *, minutes=9.0, gpus=2, **options):
     """Names, GPUs and arguments of the races that a study starts, in their order."""
     monkeypatch.chdir(tmp_path)
     for text in ("cpp", "python"):
@@ -214,7 +215,8 @@ def recorded(study_of, settings, tmp_path, monkeypatch, *, minutes=9.0, gpus=2, 
     (tmp_path / "calls.jsonl").touch()
     deadline = time.monotonic() + 60 * minutes
     with (tmp_path / "said.txt").open("w") as file:
-        study_of.Study(Console(file=file), tmp_path / "log", deadline, extra).run(settings, gpus)
+        study = study_of.Study(Console(file=file), tmp_path / "log", deadline, **options)
+        study.run(settings, gpus)
     return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
 
 
@@ -222,14 +224,16 @@ def test_a_study_trains_then_compiles_then_races(study, tmp_path, monkeypatch):
     calls = recorded(study, ["finetune", "noise"], tmp_path, monkeypatch, extra=["--seeds", "1"])
     names = [name for name, _, _ in calls]
     assert sorted(names[:2]) == ["base", "reference"]
-    for setting in ("finetune", "noise"):
+    for setting, model in (("finetune", "base"), ("noise", "reference")):
         lanes = list(study.options_of(setting)["lanes"])
         compiled = [f"{setting}-compiled-{number}" for number in range(len(lanes))]
         first = names.index(setting)
+        assert names.index(model) < min(map(names.index, compiled))
         assert sorted(compiled) == sorted(name for name in names[:first] if name in compiled)
         _, gpu, arguments = calls[first]
         assert {call[1] for call in calls if call[0] in compiled} == {gpu}
-        assert arguments[-5:] == ["--name", setting, "--resume", "--seeds", "1"]
+        assert arguments[-6:-3] == ["--name", setting, "--resume"]
+        assert arguments[-3:] == [f"--lanes={','.join(lanes)}", "--seeds", "1"]
         arguments = calls[names.index(f"{setting}-compiled-1")][2]
         assert f"--lanes={lanes[1]}" in arguments
         assert any(x.startswith("--text=texts") and x.endswith("fitting") for x in arguments)
@@ -237,6 +241,35 @@ def test_a_study_trains_then_compiles_then_races(study, tmp_path, monkeypatch):
     # What is there is not trained again.
     study.Study(Console(quiet=True), tmp_path / "log", time.monotonic() + 99).train(0, "base")
     assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == len(calls)
+
+
+def test_a_gpu_that_is_free_does_what_needs_no_model(study, tmp_path, monkeypatch):
+    begun = threading.Event()
+
+    def train(self, gpu, setting):
+        assert begun.wait(60)  # for a race on the other GPU
+
+    def race(self, gpu, setting):
+        raced.append((setting, gpu))
+        begun.set()
+
+    raced = []
+    monkeypatch.setattr(study.Study, "train", train)
+    monkeypatch.setattr(study.Study, "race", race)
+    recorded(study, ["finetune", "scratch", "original"], tmp_path, monkeypatch)
+    assert sorted(name for name, _ in raced) == ["finetune", "original", "scratch"]
+    assert raced[0][0] == "scratch"
+
+
+def test_the_first_lanes_of_a_setting(study, tmp_path, monkeypatch):
+    calls = recorded(study, ["scratch"], tmp_path, monkeypatch, first=2, gpus=1)
+    assert [name for name, _, _ in sorted(calls)] == [
+        "scratch",
+        "scratch-compiled-0",
+        "scratch-compiled-1",
+    ]
+    lanes = list(study.options_of("scratch")["lanes"])[:2]
+    assert f"--lanes={','.join(lanes)}" in calls[-1][2]
 
 
 def test_a_study_ends_in_time(study, tmp_path, monkeypatch):

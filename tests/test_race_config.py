@@ -345,6 +345,7 @@ def raced(book):
         ("--learning-rate 1", "runs/test/results.json is of a race with learning_rate 0.006, not"),
         ("--ratio 0.3", "runs/test/results.json is of a race with ratio 0.25, not 0.3"),
         ("--head-size 16", "runs/test/results.json is of a race with head_size 32, not 16"),
+        ("--kv-heads 1", "runs/test/results.json is of a race with kv_heads None, not 1"),
         ("--noise 0.5", "runs/test/results.json is of a race with noise 0.0, not 0.5"),
         ("--text config.toml", "runs/test/results.json is of a race with text '"),
         ("--save mine", "lane mine has raced without --save mine"),

@@ -109,6 +109,7 @@ def test_a_budget_is_spent_in_its_own_unit():
             {"hidden_size": 96, "head_size": 64},
             "--hidden-size must be a multiple of 64 (the width of an attention head), got 96",
         ),
+        ({"kv_heads": 4}, "--kv-heads must divide the 6 heads, got 4"),
         ({"noise": 1.0}, "--noise must be at least 0 and less than 1, got 1.0"),
         ({"noise": math.nan}, "--noise must be at least 0 and less than 1, got nan"),
         ({"save": "random-sequences"}, "--save must be one of the lanes, got 'random-sequences'"),

@@ -53,6 +53,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "learning_rates": [],
         "hidden_size": 32,
         "head_size": 32,
+        "kv_heads": None,
         "layers": 2,
         "vocab_size": 300,
         "text": ["book"],
@@ -434,6 +435,16 @@ def test_a_compiled_lane_trains_as_others_do_and_starts_again(
     again = curve(lane)
     assert again[0] == found[0]
     assert (again == found) == (name == "dense")  # a selection has other draws
+
+
+def test_heads_share_their_keys_and_values():
+    lane, stream = make_lane("dense", hidden_size=64, head_size=16, kv_heads=2)
+    attention = lane.model.model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (64, 64)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (32, 64)
+    before = lane.evaluate()
+    lane.train_step(batch_of(stream), 1e-2)
+    assert lane.evaluate() < before
 
 
 def test_lanes_of_one_seed_share_their_start_and_nothing_else():

@@ -57,7 +57,7 @@ def test_a_static_step_never_synchronises(split, name, inputs):
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are not wanted here
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", ["", "model", "whole"])
 @pytest.mark.parametrize(
     ("split", "name", "inputs"),
     of_splits(
@@ -74,6 +74,8 @@ def test_a_static_step_never_synchronises(split, name, inputs):
 def test_a_captured_step_is_that_of_eager_without_a_wait(
     split, name, inputs, compiled, monkeypatch
 ):
+    if compiled == "whole" and (split, inputs) == ("backward", "checkpointed"):
+        pytest.skip("checkpointed layers are compiled one by one")
     torch._dynamo.reset()
     others = {}
     if inputs == "padding":
@@ -81,14 +83,17 @@ def test_a_captured_step_is_that_of_eager_without_a_wait(
     elif inputs == "packed":
         others["position_ids"] = (torch.arange(16) % 6).expand(4, 16).contiguous().cuda()
 
-    def make(compiled=False):
+    def make(compiled=""):
         model = build(name)
         if inputs == "checkpointed":
             # The state of a generator cannot be asked for in a capture.
             kwargs = {"use_reentrant": False, "preserve_rng_state": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        inner = torch.compile(model, dynamic=False) if compiled else model
-        return CGGRModel(inner, split=split, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
+        inner = torch.compile(model, dynamic=False) if compiled == "model" else model
+        wrapped = CGGRModel(inner, split=split, min_tokens_ratio=0.4, **OFF, **STATIC).cuda()
+        if compiled == "whole":
+            wrapped.compile(dynamic=False)
+        return wrapped
 
     replayed, eager = make(compiled), make()
     step = CapturedStep(replayed)
@@ -107,9 +112,11 @@ def test_a_captured_step_is_that_of_eager_without_a_wait(
             expected.backward()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
         want = gradients(eager.model)
+        # A bias of keys has none: what is there is rounding, of sums in another order.
+        least = 1e-3 * max(float(x.abs().max()) for x in want.values())
         for key, gradient in gradients(replayed.model).items():
             key = key.removeprefix("_orig_mod.")
-            scale = want[key].abs().max().clamp(min=1e-6)
+            scale = want[key].abs().max().clamp(min=least)
             assert (gradient - want[key]).abs().max() / scale < (1e-3 if compiled else 2e-4), key
         if seed % 2:
             replayed.zero_grad()

@@ -3,22 +3,21 @@
     python benchmarks/evidence/texts.py texts
     python benchmarks/evidence/study.py finetune noise
 
-Models that a setting begins with are trained before. Then all its lanes are compiled at once, two
-steps each, since to compile them one after the other would take longer than to race them; what was
-compiled is kept in torch's cache, for the race. A race that was stopped goes on where it was.
+Models that a setting begins with are trained before it. Then all its lanes are compiled at once,
+two steps each, since to compile them one after the other would take longer than to race them; what
+was compiled is kept in torch's cache, for the race. A race that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import queue
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,11 @@ def needed(settings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(Path(folder).parent.name for folder in folders if folder))
 
 
+def next_of(waiting: Mapping[str, Sequence[str]], ended: Set[str]) -> str | None:
+    """The first that has all that it needs; None if there is none yet."""
+    return next((name for name, needs in waiting.items() if ended.issuperset(needs)), None)
+
+
 def smallest_text(folder: Path, *, least: int = 300_000) -> Path:
     """The smallest part of a text that suffices to compile for."""
 
@@ -57,15 +61,22 @@ class Study:
         console: Where it is shown.
         log: Folder of what the races say.
         deadline: Of the host's clock; no race begins after it, and those that run are stopped.
+        first: So many lanes of a setting, from its first on; all if None.
         extra: Options for every race, such as ``["--seeds", "1"]``.
     """
 
     def __init__(
-        self, console: Console, log: Path, deadline: float, extra: Sequence[str] = ()
+        self,
+        console: Console,
+        log: Path,
+        deadline: float,
+        first: int | None = None,
+        extra: Sequence[str] = (),
     ) -> None:
         self.console = console
         self.log = log
         self.deadline = deadline
+        self.first = first
         self.extra = list(extra)
         self.begin = time.monotonic()
 
@@ -98,11 +109,9 @@ class Study:
             done = self.call(gpu, setting, "--config", config, "--name", setting)
             self.say(f"{setting}: {'trained' if done else 'not trained'}")
 
-    def compile(self, gpu: int, setting: str) -> None:
+    def compile(self, gpu: int, setting: str, lanes: Sequence[str]) -> None:
         """All lanes at once, for the cache."""
-        options = options_of(setting)
-        text = smallest_text(Path(options["text"][0]))
-        lanes = list(options["lanes"])
+        text = smallest_text(Path(options_of(setting)["text"][0]))
         threads = max(1, (os.cpu_count() or 1) // (2 * len(lanes)))
 
         def one(number: int) -> bool:
@@ -120,31 +129,40 @@ class Study:
 
     def race(self, gpu: int, setting: str) -> None:
         """A setting from beginning to end."""
-        self.compile(gpu, setting)
+        lanes = list(options_of(setting)["lanes"])[: self.first]
+        self.compile(gpu, setting, lanes)
         config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
-        done = self.call(gpu, setting, *config, *self.extra)
+        done = self.call(gpu, setting, *config, f"--lanes={','.join(lanes)}", *self.extra)
         self.say(f"{setting}: {'raced' if done else 'stopped'}")
 
     def run(self, settings: Sequence[str], gpus: int) -> None:
-        """The models, then the settings, as GPUs become free."""
-        for work, names in ((self.train, needed(settings)), (self.race, settings)):
-            waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-            for name in names:
-                waiting.put(name)
+        """Settings in this order as GPUs become free, each when the models that it needs are."""
+        waiting: dict[str, list[str]] = {}  # what is to be done, and after what
+        for setting in settings:
+            models = needed([setting])
+            waiting |= {model: [] for model in models} | {setting: models}
+        ended: set[str] = set()
+        changed = threading.Condition()
 
-            def follow(gpu: int, work: Any = work, waiting: Any = waiting) -> None:
-                while True:
-                    try:
-                        name = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    work(gpu, name)
+        def take() -> str | None:
+            with changed:
+                changed.wait_for(lambda: not waiting or next_of(waiting, ended))
+                name = next_of(waiting, ended)
+                waiting.pop(name or "", None)
+                return name
 
-            threads = [threading.Thread(target=follow, args=(gpu,)) for gpu in range(gpus)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        def follow(gpu: int) -> None:
+            while name := take():
+                try:
+                    (self.race if name in settings else self.train)(gpu, name)
+                finally:
+                    with changed:
+                        ended.add(name)
+                        changed.notify_all()
+
+        with ThreadPoolExecutor(gpus) as pool:
+            for _ in pool.map(follow, range(gpus)):
+                pass
 
 
 def main() -> None:
@@ -156,10 +174,11 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=known, choices=known)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="to stop after")
     parser.add_argument("--log", type=Path, default=Path("runs/log"))
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N lanes of each")
     options, extra = parser.parse_known_args()
     options.log.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    study = Study(Console(), options.log, deadline, extra)
+    study = Study(Console(), options.log, deadline, options.first, extra)
     study.run(options.settings, max(1, torch.cuda.device_count()))
 
 

@@ -179,8 +179,9 @@ def _cggr(
     rule: str = "stratified",
     routed: bool = False,
     first_pass: str = "exact",
+    whole: bool = False,
 ) -> Step:
-    inner: Any = torch.compile(model, dynamic=False) if compiled else model
+    inner: Any = torch.compile(model, dynamic=False) if compiled and not whole else model
     wrapped = CGGRModel(
         inner,
         create_truncated_router(model, ROUTER_LAYERS) if routed else None,
@@ -192,6 +193,8 @@ def _cggr(
         warmup_steps=0,
         dynamic_threshold=False,
     ).to(ids.device)
+    if whole:
+        wrapped.compile(dynamic=False)
     return lambda: wrapped(ids, labels=ids)
 
 
@@ -209,7 +212,8 @@ class Way(NamedTuple):
     Attributes:
         name: As the report calls it.
         make: From a model and its inputs to a function that computes the loss.
-        mode: Which executes it: eager, compiled, graph (one CUDA graph), or compiled graph.
+        mode: Which executes it: eager, compiled, graph (one CUDA graph), compiled graph, or
+            compiled whole graph, where scores and selection are compiled with the model.
         forwards: Its operations in those of a forward pass over everything, given the layers that
             score, as a part of all; a backward pass has those of two.
         may_fail: Whether the others go on without it.
@@ -272,6 +276,9 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
         add(f"token, {kind}ratio {ratio:g}", "token", ratio, mode, **options)
     for ratio, mode in itertools.product((0.25, 0.5), MODES):
         add(f"backward, ratio {ratio:g}", "backward", ratio, mode)
+    for ratio, split in itertools.product((0.25, 0.5), ("token", "backward")):
+        whole = {"whole": True, "rule": "importance"}
+        add(f"{split}, ratio {ratio:g}", split, ratio, "compiled whole graph", **whole)
     return tuple(found)
 
 

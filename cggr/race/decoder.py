@@ -91,7 +91,7 @@ def new_decoder(settings: RaceSettings, vocab_size: int) -> DecoderShape:
         intermediate_size=64 * round(settings.hidden_size * 8 / 3 / 64),
         layers=settings.layers,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=settings.kv_heads or heads,
         head_size=settings.head_size,
         positions=settings.sequence_length,
     )

@@ -216,6 +216,7 @@ class RaceSettings:
         learning_rates: Peaks of which each lane has its best, by its first seed; none if empty.
         hidden_size: Width of the new model.
         head_size: Width of its attention heads, which divides `hidden_size`.
+        kv_heads: Heads of keys and values, which divide those of queries; as many if None.
         layers: Depth of the new model.
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
         text: Files and folders; the Python standard library's source if empty.
@@ -248,6 +249,7 @@ class RaceSettings:
     learning_rates: tuple[float, ...] = ()
     hidden_size: int = 192
     head_size: int = 32
+    kv_heads: int | None = None
     layers: int = 4
     vocab_size: int = 4096
     text: tuple[Path, ...] = ()
@@ -309,6 +311,9 @@ class RaceSettings:
                 f"--hidden-size must be a multiple of {self.head_size} (the width of an attention "
                 f"head), got {self.hidden_size}"
             )
+        heads = self.hidden_size // self.head_size
+        if self.kv_heads is not None and heads % self.kv_heads:
+            raise RaceError(f"--kv-heads must divide the {heads} heads, got {self.kv_heads}")
         if self.model is None and self.router_layers > self.layers:
             raise RaceError(
                 f"--router-layers {self.router_layers} is more than the model's {self.layers} "

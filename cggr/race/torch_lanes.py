@@ -196,10 +196,18 @@ class CompiledLane(TorchLane):
     routed: CGGRModel
 
     def _route(self, seed: int) -> CGGRModel:
-        lane = self.lane
-        inner: Any = torch.compile(self.model, dynamic=False)
         self._steps: dict[Any, CapturedStep] = {}
         self._ends: deque[torch.cuda.Event] = deque()
+        if self.lane.checkpointed:  # whose layers are compiled one by one
+            return self._routed(torch.compile(self.model, dynamic=False))
+        routed = self._routed(self.model)
+        # With the selection, which alone is hundreds of small operations.
+        routed.compile(dynamic=False)
+        return routed
+
+    def _routed(self, inner: Any) -> CGGRModel:
+        """This lane's way from a batch to a loss."""
+        lane = self.lane
         if lane.split == "dense":
             every = RoutingConfig(
                 selection="random", min_tokens_ratio=1.0, warmup_steps=0, dynamic_threshold=False
