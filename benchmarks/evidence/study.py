@@ -42,7 +42,7 @@ def needed(settings: Sequence[str]) -> list[str]:
 
 def next_of(waiting: Mapping[str, Sequence[str]], ended: Set[str]) -> str | None:
     """The first that has all that it needs; None if there is none yet."""
-    return next((name for name, needs in waiting.items() if ended.issuperset(needs)), None)
+    return next((name for name, needs in waiting.items() if ended >= set(needs)), None)
 
 
 def smallest_text(folder: Path, *, least: int = 300_000) -> Path:
