@@ -437,6 +437,23 @@ def test_a_compiled_lane_trains_as_others_do_and_starts_again(
     assert (again == found) == (name == "dense")  # a selection has other draws
 
 
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_every_lane_is_compiled_however_many_there_are(fresh_dynamo, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    settings, corpus = tiny(compiled=True, layers=1, lanes=("dense", "random", "cggr"))
+    make = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))
+    for number, name in enumerate(settings.lanes, start=1):
+        make(name, 0).train_step(batch_of(corpus.training), 1e-2)
+        assert len(graphs) == number
+
+
 def test_heads_share_their_keys_and_values():
     lane, stream = make_lane("dense", hidden_size=64, head_size=16, kv_heads=2)
     attention = lane.model.model.layers[0].self_attn

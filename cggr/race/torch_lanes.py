@@ -27,6 +27,7 @@ from cggr.reference import ReferenceLosses
 from cggr.torch import CapturedStep, CGGRModel, RoutingConfig, create_truncated_router
 from cggr.torch.reference import score_reference
 from cggr.torch.refusal import refusal
+from cggr.torch.router import room_for_graphs
 
 DRAWS = 2**20  # of a seed, where one graph serves all seeds: more than a race has steps
 
@@ -235,7 +236,9 @@ class CompiledLane(TorchLane):
 
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.device.type != "cuda":
-            self.routed(**inputs, **self._items(inputs)).backward()
+            with room_for_graphs():
+                loss = self.routed(**inputs, **self._items(inputs))
+            loss.backward()
             return
         if not self._steps:  # here, where no clock runs
             self._capture_all(inputs)

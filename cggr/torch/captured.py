@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cggr.torch.model import CGGRModel
+from cggr.torch.router import room_for_graphs
 
 
 class CapturedStep:
@@ -29,7 +30,7 @@ class CapturedStep:
 
     Args:
         model: In training mode, on a CUDA device, with ``capacity="static"``. What it wraps may be
-            compiled, which makes the graph faster still.
+            compiled, which makes the graph faster still; or all of it, by ``model.compile()``.
         backward: Called with the loss, to compute the gradients: with a GradScaler,
             ``lambda loss: scaler.scale(loss).backward()``.
         warm_up: Eager steps before a capture, for what is allocated, compiled or tuned only once.
@@ -175,7 +176,8 @@ class CapturedStep:
     def _run(self) -> Tensor:
         # What autocast converted before is not to be found: the graph would never convert it again.
         torch.clear_autocast_cache()
-        loss: Tensor = self.model(**self._inputs)
+        with room_for_graphs():  # a compiled model has one for every capacity
+            loss: Tensor = self.model(**self._inputs)
         with torch.autocast("cuda", enabled=False):
             self._backward(loss)
         return loss.detach()
