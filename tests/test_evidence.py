@@ -314,11 +314,32 @@ def test_half_of_the_sequences_are_worth_half(measured):
     )
 
 
-@pytest.mark.parametrize("through", ["everything", "backward", "token"])
+@pytest.mark.parametrize("through", ["everything", "backward", "token", "hidden"])
 def test_all_tokens_by_any_way_are_worth_all(noise, measured, through):
     way = noise.Way("importance", 1.0, through)
+    if through == "hidden":
+        way = noise.Way("importance", 1.0, "everything", noise.HIDDEN)
     found = measured.distances(through, measured.of_way(way), draws=1)
     assert measured.worth(found) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_tokens_are_drawn_by_their_hidden_gradients(noise, measured, monkeypatch):
+    scores = []
+
+    def spy(difficulty, *args, **kwargs):
+        scores.append(difficulty)
+        return select(difficulty, *args, **kwargs)
+
+    select = noise.select_tokens
+    monkeypatch.setattr(noise, "select_tokens", spy)
+    (ids, *_), model = measured.batches, measured.model
+    measured.of_way(noise.Way("importance", 0.5, "everything", noise.HIDDEN))(ids)
+    with torch.no_grad():
+        error_BSV = model(input_ids=ids).logits.softmax(dim=-1)[:, :-1]
+        error_BSV -= torch.nn.functional.one_hot(ids[:, 1:], error_BSV.shape[-1])
+        norm_BS = (error_BSV @ model.get_output_embeddings().weight).norm(dim=-1)
+    torch.testing.assert_close(scores[0][:, :-1], norm_BS, rtol=1e-4, atol=1e-6)
+    assert not scores[0][:, -1].any()  # which predicts nothing
 
 
 def test_uniform_draws_are_worth_their_ratio_less_the_layers_that_are_left_out(noise, measured):

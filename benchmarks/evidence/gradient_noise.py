@@ -21,22 +21,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import array_api_compat.torch as xp
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from cggr.race import pretrained, text, tokens
 from cggr.race.engine import learning_rate
 from cggr.race.torch_lanes import find_device, load_folder
+from cggr.spec.selection import select_tokens
 from cggr.torch import CGGRLoss, CGGRModel, RoutingConfig
 from cggr.torch.functional import aligned_targets, token_statistics
 from cggr.worth import effective_fraction
 
+IGNORED = RoutingConfig().ignore_index
 LEAST = 1e-2  # of a tensor's mean square, added to each, as rarely used weights have none
 PROGRESS = Console(stderr=True)
+HIDDEN = "hidden gradient"
 
 
 class Way(NamedTuple):
@@ -46,7 +51,8 @@ class Way(NamedTuple):
         selection: Of ``RoutingConfig``.
         ratio: Part of the tokens.
         through: ``"everything"``, the loss's selection alone; or a split of ``CGGRModel``.
-        scoring: Of ``RoutingConfig``.
+        scoring: Of ``RoutingConfig``; or HIDDEN, which draws by the norm of the loss's gradient to
+            a token's final hidden state, through everything alone.
     """
 
     selection: str
@@ -58,7 +64,7 @@ class Way(NamedTuple):
         """The options of its selection."""
         return RoutingConfig(
             selection=self.selection,
-            scoring=self.scoring,
+            scoring="error_norm" if self.scoring == HIDDEN else self.scoring,
             min_tokens_ratio=self.ratio,
             warmup_steps=0,
             dynamic_threshold=False,
@@ -71,6 +77,7 @@ WAYS = (
         for ratio in (0.25, 0.5, 0.7)
         for through in ("everything", "backward", "token")
     ),
+    *(Way("importance", ratio, "everything", HIDDEN) for ratio in (0.25, 0.5)),
     *(Way("importance", 0.5, "everything", scoring) for scoring in ("combined", "loss", "entropy")),
     *(Way(selection, 0.5, "everything") for selection in ("random", "stratified", "topk")),
 )
@@ -103,6 +110,7 @@ class Measured:
     def __init__(self, model: Any, batches: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self.model = model
         self.batches = batches
+        self.draw = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Of other batches: a square that is small by chance would else make its own part large.
         square_P: Any = sum(
@@ -154,6 +162,8 @@ class Measured:
 
     def of_way(self, way: Way) -> Callable[[Tensor], Tensor]:
         """A function from token ids to the gradient of those selected."""
+        if way.scoring == HIDDEN:
+            return lambda ids: self.gradient(self.loss_by_hidden_gradients(way, ids))
         if way.through == "everything":
             criterion = CGGRLoss(config=way.config())
             return lambda ids: self.gradient(
@@ -161,6 +171,23 @@ class Measured:
             )
         routed = CGGRModel(self.model, config=way.config(), split=way.through)
         return lambda ids: self.gradient(routed(ids, labels=ids))
+
+    def loss_by_hidden_gradients(self, way: Way, ids_BS: Tensor) -> Tensor:
+        """Of tokens drawn by exact norms, which cost another product with the head."""
+        targets_BS = targets_of(ids_BS)
+        output = self.model(input_ids=ids_BS, output_hidden_states=True)
+        loss_BS = cross_entropy(
+            output.logits.transpose(1, 2), targets_BS, ignore_index=IGNORED, reduction="none"
+        )
+        hidden_BSD = output.hidden_states[-1]  # behind the final norm
+        (gradient_BSD,) = torch.autograd.grad(loss_BS.sum(), hidden_BSD, retain_graph=True)
+        eligible_BS = targets_BS != IGNORED
+        self.draw += 1
+        selection = select_tokens(
+            gradient_BSD.norm(dim=-1), way.config(), draw=self.draw, eligible=eligible_BS, xp=xp
+        )
+        loss_R = loss_BS.flatten().index_select(0, selection.indices.long())
+        return (selection.weights * loss_R).sum() / eligible_BS.sum()
 
     def worth(self, noise: Noise) -> float:
         """Part of a batch that would be as far from what it estimates."""
@@ -184,7 +211,7 @@ def mean_of_pairs(products_BB: Any) -> tuple[float, float]:
 
 def targets_of(ids_BS: Tensor) -> Tensor:
     """What every position predicts."""
-    return aligned_targets(ids_BS, None, shift=True, ignore_index=RoutingConfig().ignore_index)
+    return aligned_targets(ids_BS, None, shift=True, ignore_index=IGNORED)
 
 
 @torch.no_grad()
