@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 import threading
 import time
@@ -61,7 +62,7 @@ def test_there_are_configurations():
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_a_configuration_is_a_race(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    models = (f"runs/{name}/model" for name in ("base", "base_wide", "reference"))
+    models = (f"runs/{name}/model" for name in ("base", "base_long", "base_wide", "reference"))
     for folder in ("texts/python", "texts/cpp", "texts/clients", *models):
         (tmp_path / folder).mkdir(parents=True)
     started = []
@@ -79,9 +80,8 @@ def test_a_configuration_is_a_race(path, tmp_path, monkeypatch):
         assert settings.seeds == 3
         assert len(settings.learning_rates) > 1
         # Every claim needs the control.
-        for lane in selecting:
-            controls = [other for other in selecting if other.selection == "random"]
-            assert lane.split in {other.split for other in controls}
+        controls = {(x.split, x.ratio) for x in selecting if x.selection == "random"}
+        assert controls >= {(lane.split, lane.ratio) for lane in selecting}
 
 
 def test_sources_are_texts_of_their_kind_once(texts, tmp_path):
@@ -276,7 +276,53 @@ def test_a_study_ends_in_time(study, tmp_path, monkeypatch):
     assert recorded(study, ["finetune"], tmp_path, monkeypatch, minutes=0.0) == []
     said = (tmp_path / "said.txt").read_text()
     assert "base: not trained" in said
-    assert "finetune: stopped" in said
+    assert "finetune: not raced, there is no runs/base/model" in said
+
+
+def test_ctrl_c_ends_a_study(study, tmp_path, monkeypatch):
+    def race(self, gpu, setting):
+        raced.append(setting)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        while self.deadline > 0:
+            time.sleep(0.01)
+
+    raced = []
+    monkeypatch.setattr(study.Study, "race", race)
+    monkeypatch.setattr(study.Study, "train", lambda *_: raced.append("a model"))
+    with pytest.raises(KeyboardInterrupt):
+        recorded(study, ["scratch", "finetune"], tmp_path, monkeypatch, gpus=1)
+    assert raced == ["scratch"]
+
+
+def test_a_setting_that_fails_leaves_the_others(study, tmp_path, monkeypatch):
+    def race(self, gpu, setting):
+        raced.append(setting)
+        if setting == "scratch":
+            raise FileNotFoundError("texts")
+
+    raced = []
+    monkeypatch.setattr(study.Study, "race", race)
+    monkeypatch.setattr(study.Study, "train", lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="texts"):
+        recorded(study, ["scratch", "finetune", "original"], tmp_path, monkeypatch)
+    assert sorted(raced) == ["finetune", "original", "scratch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--first", "0"], "--first must be 1 or more, got 0"),
+        (["tuning"], "there is no setting 'tuning', only clients, "),
+        (["finetune"], "finetune needs texts/cpp: python benchmarks/evidence/texts.py texts"),
+    ],
+)
+def test_a_study_that_cannot_begin(study, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_lane_that_cannot_be_compiled_is_named(study, tmp_path, monkeypatch):

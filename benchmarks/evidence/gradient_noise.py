@@ -41,7 +41,7 @@ from cggr.worth import effective_fraction
 IGNORED = RoutingConfig().ignore_index
 LEAST = 1e-2  # of a tensor's mean square, added to each, as rarely used weights have none
 PROGRESS = Console(stderr=True)
-HIDDEN = "hidden gradient"
+HIDDEN = "hidden gradient"  # of a Way, and no score of the library
 
 
 class Way(NamedTuple):

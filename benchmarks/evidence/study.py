@@ -128,7 +128,11 @@ class Study:
         self.say(f"{setting}: compiled")
 
     def race(self, gpu: int, setting: str) -> None:
-        """A setting from beginning to end."""
+        """A setting from beginning to end, if there are the models that it begins with."""
+        for model in needed([setting]):
+            if not (Path("runs") / model / "model").exists():
+                self.say(f"{setting}: not raced, there is no runs/{model}/model")
+                return
         lanes = list(options_of(setting)["lanes"])[: self.first]
         self.compile(gpu, setting, lanes)
         config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
@@ -148,7 +152,8 @@ class Study:
             with changed:
                 changed.wait_for(lambda: not waiting or next_of(waiting, ended))
                 name = next_of(waiting, ended)
-                waiting.pop(name or "", None)
+                if name is not None:
+                    del waiting[name]
                 return name
 
         def follow(gpu: int) -> None:
@@ -161,8 +166,16 @@ class Study:
                         changed.notify_all()
 
         with ThreadPoolExecutor(gpus) as pool:
-            for _ in pool.map(follow, range(gpus)):
-                pass
+            gpus_done = [pool.submit(follow, gpu) for gpu in range(gpus)]
+            try:
+                for done in gpus_done:
+                    done.result()
+            except KeyboardInterrupt:
+                self.deadline = 0.0  # what runs has been told too; nothing begins any more
+                with changed:
+                    waiting.clear()
+                    changed.notify_all()
+                raise
 
 
 def main() -> None:
@@ -171,15 +184,30 @@ def main() -> None:
         path.stem for path in sorted(FOLDER.glob("*.toml")) if "save" not in options_of(path.stem)
     ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", default=known, choices=known)
+    parser.add_argument("settings", nargs="*", help=f"of {', '.join(known)}; all if none is named")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="to stop after")
     parser.add_argument("--log", type=Path, default=Path("runs/log"))
-    parser.add_argument("--first", type=int, metavar="N", help="only the first N lanes of each")
+    parser.add_argument(
+        "--first",
+        type=int,
+        metavar="N",
+        help="only the first N lanes of each; later more, not less",
+    )
     options, extra = parser.parse_known_args()
+    settings = options.settings or known
+    for setting in settings:
+        if setting not in known:
+            parser.error(f"there is no setting {setting!r}, only {', '.join(known)}")
+    if options.first is not None and options.first < 1:
+        parser.error(f"--first must be 1 or more, got {options.first}")
+    for setting in (*settings, *needed(settings)):
+        for text in options_of(setting)["text"]:
+            if not Path(text).is_dir():
+                parser.error(f"{setting} needs {text}: python benchmarks/evidence/texts.py texts")
     options.log.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     study = Study(Console(), options.log, deadline, options.first, extra)
-    study.run(options.settings, max(1, torch.cuda.device_count()))
+    study.run(settings, max(1, torch.cuda.device_count()))
 
 
 if __name__ == "__main__":

@@ -277,8 +277,7 @@ def ways(settings: BenchSettings) -> tuple[Way, ...]:
     for ratio, mode in itertools.product((0.25, 0.5), MODES):
         add(f"backward, ratio {ratio:g}", "backward", ratio, mode)
     for ratio, split in itertools.product((0.25, 0.5), ("token", "backward")):
-        whole = {"whole": True, "rule": "importance"}
-        add(f"{split}, ratio {ratio:g}", split, ratio, "compiled whole graph", **whole)
+        add(f"{split}, ratio {ratio:g}", split, ratio, "compiled whole graph", whole=True)
     return tuple(found)
 
 

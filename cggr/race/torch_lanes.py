@@ -199,7 +199,7 @@ class CompiledLane(TorchLane):
     def _route(self, seed: int) -> CGGRModel:
         self._steps: dict[Any, CapturedStep] = {}
         self._ends: deque[torch.cuda.Event] = deque()
-        if self.lane.checkpointed:  # whose layers are compiled one by one
+        if self.lane.checkpointed and self.lane.split == "backward":  # which compiles its layers
             return self._routed(torch.compile(self.model, dynamic=False))
         routed = self._routed(self.model)
         # With the selection, which alone is hundreds of small operations.
