@@ -24,7 +24,9 @@ from cggr.race.torch_lanes import find_device, load_folder
 from cggr.score import check_size
 from cggr.spec import RoutingConfig
 from cggr.torch import CGGRScorer
+from cggr.torch.backward_rows import linears_of_rows
 from cggr.torch.functional import aligned_targets
+from cggr.torch.router import LAYOUTS, detect_architecture
 from cggr.worth import effective_fraction, operations
 
 RATIOS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -42,14 +44,16 @@ class Advice:
     Attributes:
         ratio: Part of the tokens.
         worth: :func:`~cggr.worth.effective_fraction` of them, by split.
+        operations: :func:`~cggr.worth.operations` of a step, by split.
     """
 
     ratio: float
     worth: dict[str, float]
+    operations: dict[str, float]
 
     def gain(self, split: str) -> float:
         """How much is learned per operation, over what dense training learns."""
-        return self.worth[split] / operations(self.ratio, split)
+        return self.worth[split] / self.operations[split]
 
 
 def advise_text(
@@ -82,7 +86,8 @@ def advise_text(
     if not all(np.isfinite(values).all() for values in found.values()):
         raise RaceError(f"--model {model}: its scores of this text are not finite")
     norm_RM = found["error_norm"]
-    advice = _advice(norm_RM, np.maximum(found["difficulty"], 0) + importance_floor)
+    of_all = part_of_all_tokens(loaded, context)
+    advice = _advice(norm_RM, np.maximum(found["difficulty"], 0) + importance_floor, of_all)
     console.print(
         f"{model.resolve().name} on {source_name(text)}: {norm_RM.size:,} tokens of loss "
         f"{found['nll'].mean():.3f}, error norm {norm_RM.mean():.3f} ± {norm_RM.std():.3f}",
@@ -90,17 +95,54 @@ def advise_text(
         soft_wrap=True,
     )
     console.print(_table(advice))
-    console.print(_verdict(advice, norm_RM, config), highlight=False, soft_wrap=True)
+    console.print(_verdict(advice, norm_RM, config, of_all), highlight=False, soft_wrap=True)
     return advice
 
 
-def _advice(norm_RM: npt.ArrayLike, importance_RM: npt.ArrayLike) -> list[Advice]:
+def part_of_all_tokens(model: Any, length: int) -> float:
+    """Part of a forward pass whose backward pass is of all tokens by ``split="backward"``.
+
+    Of its operations: two for every weight and token, and in attention for every entry of a key
+    or a value that a token sees.
+
+    Args:
+        model: Of transformers.
+        length: Tokens of a sequence, each of which attends to those before it.
+
+    Returns:
+        The part; 0 of a model whose layers are not known, which that split does not run.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    architecture = detect_architecture(model)
+    if architecture == "passthrough":
+        return 0.0
+    layout = LAYOUTS[architecture]
+    layers: Any = model.get_submodule(f"{layout.base}.{layout.layers}")
+    kinds = (torch.nn.Linear, Conv1D)
+    rows, _ = linears_of_rows(layers, kinds)
+    of_rows = sum(linear.weight.numel() for linears in rows for linear in linears)
+    of_layers = sum(x.weight.numel() for x in layers.modules() if isinstance(x, kinds))
+    heads, width = model.config.num_attention_heads, model.config.hidden_size
+    head_size = getattr(model.config, "head_dim", None) or width // heads
+    attention = len(layers) * heads * head_size * length
+    weights = of_layers + model.get_output_embeddings().weight.numel()
+    return float((of_layers - of_rows + attention) / (weights + attention))
+
+
+def _advice(
+    norm_RM: npt.ArrayLike, importance_RM: npt.ArrayLike, of_all: float = 0.0
+) -> list[Advice]:
     return [
         Advice(
             ratio,
             {
                 split: effective_fraction(norm_RM, ratio, importance=importance_RM, scope=scope)
                 for split, scope in SPLITS.items()
+            },
+            {
+                "backward": operations(ratio, "backward", of_all=of_all),
+                "token": operations(ratio, "token"),
             },
         )
         for ratio in RATIOS
@@ -174,7 +216,7 @@ def _table(advice: Sequence[Advice]) -> Table:
     for row in advice:
         cells = [f"{row.ratio:.2f}"]
         for split in SPLITS:
-            parts = (row.worth[split], operations(row.ratio, split), row.gain(split))
+            parts = (row.worth[split], row.operations[split], row.gain(split))
             cells += [f"{part:.2f}" for part in parts]
         table.add_row(*cells, style="bold" if row is best else "")
     return table
@@ -185,7 +227,10 @@ def _best(advice: Sequence[Advice]) -> Advice:
 
 
 def _verdict(
-    advice: Sequence[Advice], norm_RM: npt.NDArray[np.float64], config: RoutingConfig
+    advice: Sequence[Advice],
+    norm_RM: npt.NDArray[np.float64],
+    config: RoutingConfig,
+    of_all: float = 0.0,
 ) -> str:
     square_RM = norm_RM**2
     # As many equal ones would be drawn as unevenly.
@@ -198,7 +243,7 @@ def _verdict(
     best = _best(advice)
     gain = best.gain("backward")
     if gain < LEAST_GAIN:
-        without = _best(_advice(norm_RM, norm_RM)).gain("backward")
+        without = _best(_advice(norm_RM, norm_RM, of_all)).gain("backward")
         hint = (
             f" With draws by error_norm and a small floor it would be {without:.2f}."
             if without >= LEAST_GAIN

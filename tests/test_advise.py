@@ -2,6 +2,7 @@
 
 import re
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -83,10 +84,21 @@ def test_the_table_is_of_the_models_own_errors(book):
     assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
     found = rows(done.output)
     assert tuple(found) == advise.RATIOS
+    config = AutoModelForCausalLM.from_pretrained(book / "runs" / "trained" / "model").config
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    # Of a layer and token: queries, keys, values and outputs, and the others; a window has 32.
+    attention = heads * config.head_dim * 32
+    layer = 4 * width**2 + 3 * width * inner + attention
+    head = config.vocab_size * width / config.num_hidden_layers
+    of_all = (2 * width**2 + attention) / (layer + head)
     for ratio, columns in found.items():
         for split, scope in (("backward", "batch"), ("token", "sequence")):
             worth = effective_fraction(norm, ratio, importance=norm + 0.05, scope=scope)
-            part = operations(ratio, split)
+            part = (
+                operations(ratio, split, of_all=of_all)
+                if split == "backward"
+                else (1 + 3 * ratio) / 3
+            )
             own, columns = columns[:3], columns[3:]
             assert own == pytest.approx([worth, part, worth / part], abs=6e-3)
 
@@ -120,6 +132,32 @@ def test_a_floor_that_spoils_it_is_named(book):
     assert "With draws by error_norm and a small floor it would be 1." in said
     said = " ".join(run(book, "trained", "--importance-floor", 0.01).output.split())
     assert "importance_floor=0.01" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "of_keys"),
+    # Heads that share keys and values have fewer of them; GPT-2 makes the queries beside them.
+    [("llama", "kv"), ("gpt2", "qkv"), ("gptj", "kv"), ("gpt_neox", "qkv")],
+)
+def test_keys_and_values_have_a_gradient_of_all_tokens(name, of_keys):
+    model = models.build(name)
+    config, length = model.config, 8
+    named = {
+        key: weight.numel()
+        for key, weight in model.named_parameters()
+        if weight.dim() == 2 and re.search(r"(layers|h)\.\d", key)
+    }
+    names = {"kv": r"[kv]_proj", "qkv": r"c_attn|query_key_value"}[of_keys]
+    keys = sum(size for key, size in named.items() if re.search(names, key))
+    assert 0 < keys < sum(named.values())
+    attention = config.num_hidden_layers * config.hidden_size * length
+    weights = sum(named.values()) + config.vocab_size * config.hidden_size
+    found = advise.part_of_all_tokens(model, length)
+    assert found == pytest.approx((keys + attention) / (weights + attention))
+
+
+def test_of_layers_that_are_not_known_nothing_is_said():
+    assert advise.part_of_all_tokens(torch.nn.Linear(4, 4), 8) == 0.0
 
 
 def test_errors_of_few_tokens_are_no_advice():

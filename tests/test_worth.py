@@ -123,6 +123,15 @@ def test_operations_are_the_products_over_those_of_a_dense_step(split, products)
         assert operations(k / 100, split) == pytest.approx(products(100, k) / (3 * 100))
 
 
+def test_what_has_a_gradient_of_all_tokens_saves_nothing():
+    dense, drawn = 3 * 100, 100 + 2 * 10  # of a layer
+    for n_layers in (0, 1, 4):  # of five, whose backward pass is of all rows
+        expected = (n_layers * dense + (5 - n_layers) * drawn) / (5 * dense)
+        found = operations(0.1, "backward", of_all=n_layers / 5)
+        assert found == pytest.approx(expected)
+        assert operations(0.1, "token", of_all=n_layers / 5) == operations(0.1, "token")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,3 +166,5 @@ def test_bad_splits_and_ratios_are_refused():
         operations(0.5, "sequence")
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\], got 2"):
         operations(2, "token")
+    with pytest.raises(ValueError, match=r"of_all must be in \[0, 1\), got 1"):
+        operations(0.5, "backward", of_all=1)
