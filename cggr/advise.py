@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from cggr.race.tokens import encode
 from cggr.race.torch_lanes import find_device, load_folder
 from cggr.score import check_size
 from cggr.spec import RoutingConfig
-from cggr.torch import CGGRScorer
+from cggr.torch import CGGRModel, CGGRScorer
 from cggr.torch.backward_rows import linears_of_rows
 from cggr.torch.functional import aligned_targets
-from cggr.torch.router import LAYOUTS, detect_architecture
+from cggr.torch.router import LAYOUTS, detect_architecture, unwrapped
 from cggr.worth import effective_fraction, operations
 
 RATIOS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -44,7 +45,7 @@ class Advice:
     Attributes:
         ratio: Part of the tokens.
         worth: :func:`~cggr.worth.effective_fraction` of them, by split.
-        operations: :func:`~cggr.worth.operations` of a step, by split.
+        operations: :func:`~cggr.worth.operations` of a step, by each split that runs the model.
     """
 
     ratio: float
@@ -86,8 +87,9 @@ def advise_text(
     if not all(np.isfinite(values).all() for values in found.values()):
         raise RaceError(f"--model {model}: its scores of this text are not finite")
     norm_RM = found["error_norm"]
-    of_all = part_of_all_tokens(loaded, context)
-    advice = _advice(norm_RM, np.maximum(found["difficulty"], 0) + importance_floor, of_all)
+    importance_RM = np.maximum(found["difficulty"], 0) + importance_floor
+    costs, refused = _costs(loaded, context)
+    advice = _advice(norm_RM, importance_RM, costs)
     console.print(
         f"{model.resolve().name} on {source_name(text)}: {norm_RM.size:,} tokens of loss "
         f"{found['nll'].mean():.3f}, error norm {norm_RM.mean():.3f} ± {norm_RM.std():.3f}",
@@ -95,8 +97,24 @@ def advise_text(
         soft_wrap=True,
     )
     console.print(_table(advice))
-    console.print(_verdict(advice, norm_RM, config, of_all), highlight=False, soft_wrap=True)
+    said = _verdict(advice, norm_RM, config, costs) if costs else refused
+    console.print(said, highlight=False, soft_wrap=True)
     return advice
+
+
+def _costs(model: Any, length: int) -> tuple[dict[str, Callable[[float], float]], str]:
+    """Operations of a step by its ratio, of each split that runs the model; or why none does."""
+    costs: dict[str, Callable[[float], float]] = {}
+    refused = ""
+    for split in SPLITS:
+        try:
+            CGGRModel(model, split=split)
+        except ValueError as error:
+            refused = f"No split by tokens runs this model: {error}"
+            continue
+        of_all = part_of_all_tokens(model, length) if split == "backward" else 0.0
+        costs[split] = functools.partial(operations, split=split, of_all=of_all)
+    return costs, refused
 
 
 def part_of_all_tokens(model: Any, length: int) -> float:
@@ -106,32 +124,41 @@ def part_of_all_tokens(model: Any, length: int) -> float:
     or a value that a token sees.
 
     Args:
-        model: Of transformers.
+        model: Of transformers, such as that split runs.
         length: Tokens of a sequence, each of which attends to those before it.
 
     Returns:
-        The part; 0 of a model whose layers are not known, which that split does not run.
+        The part.
     """
     from transformers.pytorch_utils import Conv1D
 
-    architecture = detect_architecture(model)
-    if architecture == "passthrough":
-        return 0.0
-    layout = LAYOUTS[architecture]
-    layers: Any = model.get_submodule(f"{layout.base}.{layout.layers}")
+    model = unwrapped(model)
+    config, layout = model.config, LAYOUTS[detect_architecture(model)]
+    layers = model.get_submodule(f"{layout.base}.{layout.layers}")
     kinds = (torch.nn.Linear, Conv1D)
     rows, _ = linears_of_rows(layers, kinds)
     of_rows = sum(linear.weight.numel() for linears in rows for linear in linears)
     of_layers = sum(x.weight.numel() for x in layers.modules() if isinstance(x, kinds))
-    heads, width = model.config.num_attention_heads, model.config.hidden_size
-    head_size = getattr(model.config, "head_dim", None) or width // heads
-    attention = len(layers) * heads * head_size * length
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Twice what a token sees in the mean.
+    seen = sum(window * (2 - window / length) for window in _windows_of(config, len(rows), length))
     weights = of_layers + model.get_output_embeddings().weight.numel()
+    attention = heads * head_size * seen
     return float((of_layers - of_rows + attention) / (weights + attention))
 
 
+def _windows_of(config: Any, n_layers: int, length: int) -> list[int]:
+    """How many tokens each layer's attention spans."""
+    window = min(getattr(config, "sliding_window", None) or length, length)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
+    return [window if kind == "sliding_attention" else length for kind in types]
+
+
 def _advice(
-    norm_RM: npt.ArrayLike, importance_RM: npt.ArrayLike, of_all: float = 0.0
+    norm_RM: npt.ArrayLike,
+    importance_RM: npt.ArrayLike,
+    costs: Mapping[str, Callable[[float], float]],
 ) -> list[Advice]:
     return [
         Advice(
@@ -140,10 +167,7 @@ def _advice(
                 split: effective_fraction(norm_RM, ratio, importance=importance_RM, scope=scope)
                 for split, scope in SPLITS.items()
             },
-            {
-                "backward": operations(ratio, "backward", of_all=of_all),
-                "token": operations(ratio, "token"),
-            },
+            {split: cost(ratio) for split, cost in costs.items()},
         )
         for ratio in RATIOS
     ]
@@ -212,25 +236,28 @@ def _table(advice: Sequence[Advice]) -> Table:
     for split in SPLITS:
         for name in ("worth", "operations", "gain"):
             table.add_column(f"{split}\n{name}", justify="right", no_wrap=True)
-    best = _best(advice)
+    best = _best(advice)[0] if advice[0].operations else None
     for row in advice:
         cells = [f"{row.ratio:.2f}"]
         for split in SPLITS:
-            parts = (row.worth[split], row.operations[split], row.gain(split))
-            cells += [f"{part:.2f}" for part in parts]
+            cells.append(f"{row.worth[split]:.2f}")
+            runs = split in row.operations
+            cells += [f"{row.operations[split]:.2f}", f"{row.gain(split):.2f}"] if runs else "--"
         table.add_row(*cells, style="bold" if row is best else "")
     return table
 
 
-def _best(advice: Sequence[Advice]) -> Advice:
-    return max(advice, key=lambda row: row.gain("backward"))
+def _best(advice: Sequence[Advice]) -> tuple[Advice, str]:
+    """At which ratio, and by which split, most is gained."""
+    ways = [(row, split) for row in advice for split in row.operations]
+    return max(ways, key=lambda way: way[0].gain(way[1]))
 
 
 def _verdict(
     advice: Sequence[Advice],
     norm_RM: npt.NDArray[np.float64],
     config: RoutingConfig,
-    of_all: float = 0.0,
+    costs: Mapping[str, Callable[[float], float]],
 ) -> str:
     square_RM = norm_RM**2
     # As many equal ones would be drawn as unevenly.
@@ -240,10 +267,11 @@ def _verdict(
             f"No advice: {n_wrong:,.0f} of these tokens have nearly all of the error. Ask for more "
             f"--tokens; and see whether what is left can be learned at all."
         )
-    best = _best(advice)
-    gain = best.gain("backward")
+    best, split = _best(advice)
+    gain = best.gain(split)
     if gain < LEAST_GAIN:
-        without = _best(_advice(norm_RM, norm_RM, of_all)).gain("backward")
+        other, other_split = _best(_advice(norm_RM, norm_RM, costs))
+        without = other.gain(other_split)
         hint = (
             f" With draws by error_norm and a small floor it would be {without:.2f}."
             if without >= LEAST_GAIN
@@ -251,12 +279,12 @@ def _verdict(
         )
         return (
             f"Train densely: of the model as it is, draws at no ratio are predicted to gain "
-            f"{LEAST_GAIN - 1:.0%}; the best, {best.ratio:g}, would learn {gain:.2f} times as much "
-            f"per operation.{hint}"
+            f"{LEAST_GAIN - 1:.0%}; the best, {best.ratio:g} by split={split!r}, would learn "
+            f"{gain:.2f} times as much per operation.{hint}"
         )
     floor = config.importance_floor
     options = {
-        "split": "backward",
+        "split": split,
         "selection": "importance",
         "scoring": config.scoring,
         "min_tokens_ratio": best.ratio,

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from races import SMALL, race, write_book
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cggr import advise
 from cggr.cli import main
@@ -156,17 +156,70 @@ def test_keys_and_values_have_a_gradient_of_all_tokens(name, of_keys):
     assert found == pytest.approx((keys + attention) / (weights + attention))
 
 
-def test_of_layers_that_are_not_known_nothing_is_said():
-    assert advise.part_of_all_tokens(torch.nn.Linear(4, 4), 8) == 0.0
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+def test_attention_of_a_window_is_less(name):
+    model, length, window = models.build(name), 1000, 100
+    config = model.config
+    config.sliding_window = window
+    n_layers = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
+    assert "sliding_attention" in types
+    seen = 0.0  # keys that tokens see, in the mean, of all layers
+    for kind in types:
+        most = window if kind == "sliding_attention" else length
+        seen += np.minimum(np.arange(1, length + 1), most).mean()
+    named = {
+        key: weight.numel()
+        for key, weight in model.named_parameters()
+        if weight.dim() == 2 and "layers." in key
+    }
+    keys = sum(size for key, size in named.items() if re.search("[kv]_proj", key))
+    attention = 2 * config.num_attention_heads * config.head_dim * seen  # of a key and a value
+    weights = sum(named.values()) + config.vocab_size * config.hidden_size
+    found = advise.part_of_all_tokens(model, length)
+    assert found == pytest.approx((keys + attention) / (weights + attention), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("mamba", "mamba"), ("opt", "OPT")])
+def test_a_model_that_no_split_runs_is_named(name, reason):
+    config = AutoConfig.for_model(name, num_hidden_layers=1, hidden_size=24, vocab_size=64)
+    costs, refused = advise._costs(AutoModelForCausalLM.from_config(config), 8)
+    assert costs == {}
+    assert refused.startswith("No split by tokens runs this model: ")
+    assert reason in refused
+    norm = np.random.default_rng(0).random((4, 100))
+    table = advise._table(advise._advice(norm, norm, costs))
+    assert [next(iter(x.cells)) for x in table.columns[2:4]] == ["-", "-"]
 
 
 def test_errors_of_few_tokens_are_no_advice():
     norm = np.full((10, 1000), 1e-3)
     norm[0, :9] = 1.0
-    advice = advise._advice(norm, norm + 0.05)
-    said = advise._verdict(advice, norm, RoutingConfig())
+    costs = {"token": lambda ratio: operations(ratio, "token")}
+    advice = advise._advice(norm, norm + 0.05, costs)
+    said = advise._verdict(advice, norm, RoutingConfig(), costs)
     assert said.startswith("No advice: 9 of these tokens have nearly all of the error.")
-    assert advise._verdict(advice, 0 * norm, RoutingConfig()).startswith("No advice: 0 of")
+    said = advise._verdict(advice, 0 * norm, RoutingConfig(), costs)
+    assert said.startswith("No advice: 0 of")
+
+
+@pytest.mark.parametrize(("of_all", "best"), [(0.0, "backward"), (0.5, "token")])
+def test_the_split_is_the_one_that_gains_most(of_all, best):
+    norm = np.random.default_rng(0).permutation(np.r_[np.full(9000, 1e-3), np.ones(1000)])
+    norm = norm.reshape(10, 1000)
+    costs = {
+        "backward": lambda ratio: operations(ratio, "backward", of_all=of_all),
+        "token": lambda ratio: operations(ratio, "token"),
+    }
+    advice = advise._advice(norm, norm + 0.001, costs)
+    gains = {split: max(row.gain(split) for row in advice) for split in costs}
+    assert max(gains, key=gains.get) == best
+    said = advise._verdict(advice, norm, RoutingConfig(), costs)
+    assert f"about {gains[best]:.2f} times" in said
+    assert f"split='{best}'" in said
+    only = {"token": costs["token"]}
+    said = advise._verdict(advise._advice(norm, norm + 0.001, only), norm, RoutingConfig(), only)
+    assert "split='token'" in said
 
 
 def test_all_parts_of_one_file_are_drawn_from(book):

@@ -294,18 +294,20 @@ def test_ctrl_c_ends_a_study(study, tmp_path, monkeypatch):
     assert raced == ["scratch"]
 
 
-def test_a_setting_that_fails_leaves_the_others(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_setting_that_fails_leaves_the_others(study, tmp_path, monkeypatch, gpus):
     def race(self, gpu, setting):
         raced.append(setting)
         if setting == "scratch":
             raise FileNotFoundError("texts")
 
-    raced = []
+    raced, settings = [], ["scratch", "finetune", "original"]
     monkeypatch.setattr(study.Study, "race", race)
     monkeypatch.setattr(study.Study, "train", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="texts"):
-        recorded(study, ["scratch", "finetune", "original"], tmp_path, monkeypatch)
+        recorded(study, settings, tmp_path, monkeypatch, gpus=gpus)
     assert sorted(raced) == ["finetune", "original", "scratch"]
+    assert "scratch: texts" in (tmp_path / "said.txt").read_text()
 
 
 @pytest.mark.parametrize(

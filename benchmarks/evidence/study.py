@@ -146,6 +146,7 @@ class Study:
             models = needed([setting])
             waiting |= {model: [] for model in models} | {setting: models}
         ended: set[str] = set()
+        failed: list[OSError] = []
         changed = threading.Condition()
 
         def take() -> str | None:
@@ -160,6 +161,9 @@ class Study:
             while name := take():
                 try:
                     (self.race if name in settings else self.train)(gpu, name)
+                except OSError as error:  # such as a text that is gone; others have theirs
+                    self.say(f"{name}: {error}")
+                    failed.append(error)
                 finally:
                     with changed:
                         ended.add(name)
@@ -176,6 +180,8 @@ class Study:
                     waiting.clear()
                     changed.notify_all()
                 raise
+        if failed:
+            raise failed[0]
 
 
 def main() -> None:
@@ -200,7 +206,8 @@ def main() -> None:
             parser.error(f"there is no setting {setting!r}, only {', '.join(known)}")
     if options.first is not None and options.first < 1:
         parser.error(f"--first must be 1 or more, got {options.first}")
-    for setting in (*settings, *needed(settings)):
+    models = [name for name in needed(settings) if not (Path("runs") / name / "model").exists()]
+    for setting in (*settings, *models):
         for text in options_of(setting)["text"]:
             if not Path(text).is_dir():
                 parser.error(f"{setting} needs {text}: python benchmarks/evidence/texts.py texts")

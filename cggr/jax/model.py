@@ -62,8 +62,8 @@ class CGGRModel(RoutedModule):
     model's ``nnx.Linear`` and ``nnx.LinearGeneral`` multiply in the backward pass the selected rows
     alone. Those of keys and values are the exception: what a selected token read from others goes
     to their keys and values, and from there down their residual streams. A selected token's loss is
-    its dense loss, a step costs ``(1 + 2 ratio) / 3`` of a dense one's products, and its memory is
-    a dense step's.
+    its dense loss, a step costs ``(1 + 2 ratio) / 3`` of a dense one's products, and those of keys,
+    values and attention, and its memory is a dense step's.
 
     ``split="sequence"``: a router scores every token without gradient, the configured rule selects
     ``ceil(B ratio)`` sequences by their mean difficulty, and forward and backward run on those;
