@@ -170,9 +170,8 @@ class Study:
                         changed.notify_all()
 
         with ThreadPoolExecutor(gpus) as pool:
-            gpus_done = [pool.submit(follow, gpu) for gpu in range(gpus)]
             try:
-                for done in gpus_done:
+                for done in [pool.submit(follow, gpu) for gpu in range(gpus)]:
                     done.result()
             except KeyboardInterrupt:
                 self.deadline = 0.0  # what runs has been told too; nothing begins any more
