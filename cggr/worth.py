@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[np.float64]
-SPLITS = ("backward", "token")
+_SPLITS = ("backward", "token")
 
 
 def effective_fraction(
@@ -118,7 +118,7 @@ def operations(ratio: float, split: str, *, of_all: float = 0.0) -> float:
         0.733
     """
     _check_ratio(ratio)
-    if split not in SPLITS:
+    if split not in _SPLITS:
         raise ValueError(f"split must be 'backward' or 'token', got {split!r}.")
     if not 0 <= of_all < 1:
         raise ValueError(f"of_all must be in [0, 1), got {of_all}.")

@@ -40,6 +40,11 @@ def needed(settings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(Path(folder).parent.name for folder in folders if folder))
 
 
+def is_trained(model: str) -> bool:
+    """Whether it is there, for others to begin with."""
+    return (Path("runs") / model / "model").exists()
+
+
 def next_of(waiting: Mapping[str, Sequence[str]], ended: Set[str]) -> str | None:
     """The first that has all that it needs; None if there is none yet."""
     return next((name for name, needs in waiting.items() if ended >= set(needs)), None)
@@ -104,7 +109,7 @@ class Study:
 
     def train(self, gpu: int, setting: str) -> None:
         """A model that others begin with, if it is not there."""
-        if not (Path("runs") / setting / "model").exists():
+        if not is_trained(setting):
             config = str(FOLDER / f"{setting}.toml")
             done = self.call(gpu, setting, "--config", config, "--name", setting)
             self.say(f"{setting}: {'trained' if done else 'not trained'}")
@@ -130,7 +135,7 @@ class Study:
     def race(self, gpu: int, setting: str) -> None:
         """A setting from beginning to end, if there are the models that it begins with."""
         for model in needed([setting]):
-            if not (Path("runs") / model / "model").exists():
+            if not is_trained(model):
                 self.say(f"{setting}: not raced, there is no runs/{model}/model")
                 return
         lanes = list(options_of(setting)["lanes"])[: self.first]
@@ -205,8 +210,8 @@ def main() -> None:
             parser.error(f"there is no setting {setting!r}, only {', '.join(known)}")
     if options.first is not None and options.first < 1:
         parser.error(f"--first must be 1 or more, got {options.first}")
-    models = [name for name in needed(settings) if not (Path("runs") / name / "model").exists()]
-    for setting in (*settings, *models):
+    missing = (model for model in needed(settings) if not is_trained(model))
+    for setting in (*settings, *missing):
         for text in options_of(setting)["text"]:
             if not Path(text).is_dir():
                 parser.error(f"{setting} needs {text}: python benchmarks/evidence/texts.py texts")
