@@ -253,6 +253,12 @@ _TEXT = click.option(
         help="Peaks of which every lane has its best, by its first seed.",
     ),
     click.option(
+        "--prompt",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        help="Part of every sequence without labels, as a prompt has none.",
+    ),
+    click.option(
         "--noise",
         type=click.FloatRange(0, 1, max_open=True),
         default=0.0,

@@ -196,6 +196,18 @@ def test_gradients_are_those_of_selected_rows(model, selection, scope):
     check(routed, ids, labels_of(ids), compiled_gradient)
 
 
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_completions_have_slots_for_them_alone(scope):
+    options = OPTIONS | {"min_tokens_ratio": 1.0, "max_eligible_ratio": 1 / 3, "scope": scope}
+    routed = CGGRModel(MODELS["llama"](), split="backward", **options)
+    ids = token_batch(B, S, V)
+    n_prompt = S - S // 3
+    labels = jnp.where(jnp.arange(S) < n_prompt, -100, labels_of(ids))
+    check(routed, ids, labels, compiled_gradient)
+    assert routed.get_metrics()["tokens_selected"] == routed.get_metrics()["tokens_total"]
+    assert routed.config.capacity(0, B, S) < B * S / 2
+
+
 @pytest.mark.parametrize("gradient", [gradient_of, gradient_of_compiled])
 @pytest.mark.parametrize("model", ["llama", "rematerialized"])
 def test_in_eager_mode_and_around_jit(model, gradient):

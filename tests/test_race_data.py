@@ -208,6 +208,33 @@ def test_an_evaluation_predicts_every_token_once(size, length, forward):
     assert (~predicted.any(axis=1)).sum() < shape[0]
 
 
+@given(st.integers(2, 400), st.integers(2, 40), st.data())
+def test_an_evaluation_predicts_what_follows_a_prompt_once(size, length, data):
+    prompt = data.draw(st.integers(1, min(length, size) - 1))
+    stream = np.arange(size, dtype=np.int32)
+    batches = list(tokens.evaluation_batches(stream, length, prompt))
+    inputs, targets = (np.concatenate([batch[i] for batch in batches]) for i in (0, 1))
+    predicted = targets != tokens.IGNORED
+    assert np.array_equal(targets[predicted], stream[prompt:])
+    assert np.array_equal(inputs[predicted], stream[prompt - 1 : -1])
+    assert not predicted[:, : prompt - 1].any()
+    # What is predicted has the prompt before it, as in training.
+    for row, target in zip(inputs, predicted, strict=True):
+        if target.any():
+            begin, end = row[0], np.flatnonzero(target)[-1] + 1
+            assert np.array_equal(row[:end], np.arange(begin, begin + end))
+
+
+def test_prompts_have_no_labels():
+    stream = np.arange(1_000, dtype=np.int32)
+    shape = {"batch_size": 4, "sequence_length": 16, "seed": 3}
+    plain, batch = (tokens.batches(stream, **shape, prompt=prompt)(5) for prompt in (0, 12))
+    assert np.array_equal(plain.ids, batch.ids)
+    assert np.array_equal(plain.labels, plain.ids)
+    assert (batch.labels[:, :12] == tokens.IGNORED).all()
+    assert np.array_equal(batch.labels[:, 12:], batch.ids[:, 12:])
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     stream = np.arange(1_000, dtype=np.int32)
     first = tokens.batches(stream, batch_size=4, sequence_length=16, seed=3)
@@ -250,7 +277,7 @@ def test_a_batch_brings_the_references_losses_of_its_tokens():
     batch = tokens.batches(stream, reference_nll=losses, **shape)
     ends = 0
     for step in range(50):
-        ids, found = batch(step)
+        ids, _, found = batch(step)
         assert np.array_equal(ids, plain(step).ids)
         assert found.dtype == np.float32
         ends += (ids == 99).sum()

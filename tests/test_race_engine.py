@@ -15,6 +15,10 @@ SIZES = {"dense": 2, "random": 4, "cggr": 8}  # sequences of a batch, where they
 EVALUATION = 1000.0
 
 
+def batch_of(ids):
+    return Batch(ids, ids)
+
+
 class FakeClock:
     def __init__(self):
         self.now = 0.0
@@ -90,7 +94,9 @@ class Race:
         self.runs = engine.run_race(
             self.settings,
             make_lane=make_lane,
-            make_batches=lambda seed, lane: lambda step: Batch(np.full((2, 3), 100 * seed + step)),
+            make_batches=lambda seed, lane: (
+                lambda step: batch_of(np.full((2, 3), 100 * seed + step))
+            ),
             clock=self.clock,
             done=done,
             **({} if finished is None else {"finished": finished}),
@@ -354,7 +360,7 @@ def test_a_lane_gets_the_batches_that_are_made_for_it():
 
     def make_batches(seed, lane):
         made.append((seed, lane))
-        return lambda step: Batch(np.full((SIZES[lane], 3), step))
+        return lambda step: batch_of(np.full((SIZES[lane], 3), step))
 
     clock = FakeClock()
     runs = engine.run_race(

@@ -113,7 +113,8 @@ def batches_of(settings, corpus, name="dense"):
 
     def batch(step):
         starts = np.random.default_rng(step).integers(len(corpus.training) - length, size=(rows, 1))
-        return Batch(corpus.training[starts + np.arange(length)].astype(np.int64))
+        ids = corpus.training[starts + np.arange(length)].astype(np.int64)
+        return Batch(ids, np.where(np.arange(length) < settings.prompt_tokens, -100, ids))
 
     return batch
 
@@ -158,7 +159,7 @@ def test_the_decoder_has_llamas_gradients(shape):
     tensor = torch.from_numpy(ids)
     model(input_ids=tensor, labels=tensor).loss.backward()
     wanted = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    gradient = nnx.jit(nnx.grad(jax_lanes._loss))(load_decoder(shape, weights, CPU), ids)
+    gradient = nnx.jit(nnx.grad(jax_lanes._loss))(load_decoder(shape, weights, CPU), ids, ids)
     found = by_name(gradient)
     assert found.keys() == wanted.keys() == shape.parameters().keys()
     for name in wanted:
@@ -310,6 +311,31 @@ def test_the_held_out_loss_predicts_every_token_once():
     assert lane.evaluate() == pytest.approx(total / 99, rel=1e-5)
 
 
+@pytest.mark.parametrize(("name", "n_trained"), [("dense", 8 * 4), ("cggr", 8)])
+def test_prompts_are_not_learned(name, n_trained):
+    ours, theirs, batch = lanes_of(name, prompt=0.75)
+    plain, _, _ = lanes_of(name)
+    stream = ours.heldout.astype(np.int64)
+    total = 0.0
+    for start in range(0, 88, 5):  # 11 tokens of context, then as many as are predicted
+        window = stream[start : min(start + 17, 100)]
+        found = torch.from_numpy(np.array(logits(_decoder_of(theirs), window[None, :-1])[0]))
+        target = torch.from_numpy(window[1:])
+        total += F.cross_entropy(found[11:], target[11:], reduction="sum").item()
+    assert theirs.evaluate() == pytest.approx(total / 88, rel=1e-5)
+    for step in range(3):
+        for lane in (ours, theirs):
+            lane.train_step(batch(step), 1e-2)
+        plain.train_step(batch(step)._replace(labels=batch(step).ids), 1e-2)
+    assert ours.tokens_per_step() == theirs.tokens_per_step() == n_trained
+    assert ours.evaluate() == pytest.approx(theirs.evaluate(), rel=1e-4)
+    assert ours.evaluate() != pytest.approx(plain.evaluate(), rel=1e-4)
+
+
+def _decoder_of(lane):
+    return getattr(lane.module, "model", lane.module)
+
+
 def test_a_step_waits_for_the_one_before():
     _, lane, batch = lanes_of("dense")
     waited = []
@@ -324,7 +350,7 @@ def test_nothing_is_multiplied_in_less_than_float32(name):
     _, lane, batch = lanes_of(name)
     state, ids = (lane.parameters, lane.moments, lane.counters), batch(0).ids
     with jax.default_matmul_precision("default"):
-        program = jax_lanes._train_step.lower(lane._definition, *state, ids, 1e-3).as_text()
+        program = jax_lanes._train_step.lower(lane._definition, *state, ids, ids, 1e-3).as_text()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 30
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -1,5 +1,6 @@
 """Budgets, the options of a race and those of its lanes."""
 
+import dataclasses
 import json
 import math
 import re
@@ -130,6 +131,8 @@ def test_a_budget_is_spent_in_its_own_unit():
         ({"backend": "jax", "compiled": True}, "--compiled is for --backend torch"),
         ({"backend": "jax", "reference": Path("model")}, "--reference is for --backend torch"),
         ({"head_size": 3}, "--head-size must be even, got 3"),
+        ({"prompt": 1.0}, "--prompt must be at least 0 and less than 1, got 1.0"),
+        ({"prompt": 0.999}, "--prompt 0.999: nothing of 64 tokens is left to learn"),
         ({"backend": "jax", "save": "dense"}, "--save is for --backend torch"),
     ],
 )
@@ -159,6 +162,16 @@ def test_both_selecting_lanes_keep_as_much_from_the_first_step_on():
     for config in (random, cggr):
         assert (config.scoring, config.min_tokens_ratio, config.seed) == ("loss", 0.1, 3)
         assert (config.warmup_steps, config.dynamic_threshold) == (0, False)
+
+
+def test_slots_are_made_for_what_prompts_leave():
+    settings = RaceSettings(budget=SECONDS, sequence_length=10, prompt=0.66)
+    assert (settings.prompt_tokens, settings.targets_per_sequence) == (7, 3)
+    tables = {"mine": {"split": "backward", "ratio": 1.0}}
+    settings = dataclasses.replace(settings, tables=tables, lanes=("mine", "cggr"))
+    assert settings.lane("mine").routing(seed=0).capacity(0, 16, 10) == 48
+    assert settings.lane("cggr").routing(seed=0).capacity(0, 16, 10) == 12
+    assert RaceSettings(budget=SECONDS).targets_per_sequence == 63
 
 
 def test_fine_tuning_starts_gently(tmp_path):

@@ -155,7 +155,8 @@ def make_lane(name, *, seed=0, **options):
 
 def batch_of(stream):
     """Eight sequences from its beginning."""
-    return tokens.Batch(stream[:128].astype(np.int64).reshape(8, 16))
+    ids = stream[:128].astype(np.int64).reshape(8, 16)
+    return tokens.Batch(ids, ids)
 
 
 def test_the_held_out_loss_predicts_every_token_once():

@@ -37,6 +37,8 @@ def test_an_excess_loss_is_a_rank_unless_another_selection_is_named():
         ),
         ("min_tokens_ratio", "0.5", TypeError, "min_tokens_ratio must be a number, got '0.5'."),
         ("min_tokens_ratio", True, TypeError, "min_tokens_ratio must be a number, got True."),
+        ("max_eligible_ratio", 0, ValueError, "max_eligible_ratio must be in (0, 1], got 0.0."),
+        ("max_eligible_ratio", "1", TypeError, "max_eligible_ratio must be a number, got '1'."),
         ("warmup_steps", -1, ValueError, "warmup_steps must be in [0, 2147483647], got -1."),
         ("warmup_steps", 10.0, TypeError, "warmup_steps must be an integer, got 10.0."),
         (
@@ -109,6 +111,7 @@ CONFIGS = st.fixed_dictionaries(
         "selection": st.sampled_from(truth.SELECTIONS),
         "scope": st.sampled_from(("batch", "sequence")),
         "min_tokens_ratio": st.floats(1e-6, 1.0),
+        "max_eligible_ratio": st.just(1.0) | st.floats(1e-6, 1.0),
         "warmup_steps": st.integers(0, 2_000) | st.integers(0, 2**31 - 1),
         "dynamic_threshold": st.booleans(),
         "threshold_sensitivity": st.floats(0, 1),
@@ -122,6 +125,7 @@ CONFIGS = st.fixed_dictionaries(
         "selection": "sequence_aware",
         "scope": "sequence",
         "min_tokens_ratio": 0.5,
+        "max_eligible_ratio": 1.0,
         "warmup_steps": 0,
         "dynamic_threshold": False,
         "min_tokens_per_sequence": 2,
@@ -139,6 +143,33 @@ CONFIGS = st.fixed_dictionaries(
 def test_capacity_is_that_of_the_truth(options, step, batch, length):
     config = RoutingConfig(**options)
     assert config.capacity(step, batch, length) == truth.capacity(options, step, batch, length)
+
+
+@given(
+    eligible_ratio=st.floats(1e-6, 1.0),
+    ratio=st.floats(1e-6, 1.0),
+    batch=st.integers(1, 70),
+    length=st.integers(1, 300),
+    scope=st.sampled_from(("batch", "sequence")),
+)
+def test_all_that_is_selected_of_the_most_that_may_be_eligible_fits(
+    eligible_ratio, ratio, batch, length, scope
+):
+    options = {"warmup_steps": 0, "dynamic_threshold": False, "scope": scope}
+    config = RoutingConfig(max_eligible_ratio=eligible_ratio, min_tokens_ratio=ratio, **options)
+    size = batch * length if scope == "batch" else length
+    n_eligible = int(eligible_ratio * size)
+    selected = truth.token_count(n_eligible, max(1, round(ratio * ONE)))
+    assert selected <= config.capacity(0, batch, length) <= size
+
+
+def test_everything_is_selected_where_all_may_be_eligible_alone():
+    assert RoutingConfig(min_tokens_ratio=1.0).selects_all
+    assert not RoutingConfig(min_tokens_ratio=1.0, max_eligible_ratio=0.5).selects_all
+    warm = RoutingConfig(warmup_steps=9)
+    assert warm.selects_all_at(0)
+    assert not warm.selects_all_at(1)
+    assert not warm.selects_all
 
 
 @given(CONFIGS)

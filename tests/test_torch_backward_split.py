@@ -169,6 +169,40 @@ def test_all_tokens_give_the_dense_gradient():
         assert_same_gradients(gradients(model), expected)
 
 
+def completions(ids, *, n_prompt):
+    """Labels of what follows a prompt in each sequence."""
+    labels = ids.clone()
+    labels[:, :n_prompt] = -100
+    return labels
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_completions_have_their_dense_loss_in_slots_for_them_alone(scope, capacity, selections):
+    model = models.build("llama")
+    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 1 / 3, "scope": scope}
+    wrapped = CGGRModel(model, capacity=capacity, **options, **OFF)
+    ids = models.token_ids(4, 12)
+    labels = completions(ids, n_prompt=8)
+    selection = check_step(wrapped, model, "llama", selections, labels, input_ids=ids)
+    assert selection.indices.shape == ((16,) if scope == "batch" else (4, 4))
+    assert torch.equal(selection.mask, shifted("llama", labels) != -100)
+    targets = shifted("llama", labels)
+    dense = token_losses(model, targets, input_ids=ids).sum() / 16
+    assert wrapped(ids, labels=labels).item() == pytest.approx(dense.item(), rel=1e-5)
+
+
+def test_more_completions_than_there_are_slots_for_are_drawn(selections):
+    model = models.build("llama")
+    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 1 / 4}
+    wrapped = CGGRModel(model, capacity="static", **options, **OFF)
+    ids = models.token_ids(4, 12)
+    labels = completions(ids, n_prompt=6)
+    selection = check_step(wrapped, model, "llama", selections, labels, input_ids=ids)
+    assert selection.count == 12
+    assert selection.weights.max() > 1
+
+
 def test_gradients_are_closer_to_the_dense_ones_than_the_token_splits():
     model = models.build("llama")
     ids = models.token_ids(8, 16)

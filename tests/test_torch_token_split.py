@@ -125,6 +125,19 @@ def test_every_rule_selects_inside_the_sequences(selection, capacity, selections
         assert wrapped.get_metrics()["tokens_total"] == int(n_eligible.sum())
 
 
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+def test_completions_have_slots_for_them_alone(capacity, selections):
+    model = build("llama")
+    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 1 / 3}
+    wrapped = CGGRModel(model, capacity=capacity, **options, **OFF)
+    ids = models.token_ids(4, 12)
+    labels = ids.clone()
+    labels[:, :8] = -100
+    selection = check_step(wrapped, model, "llama", selections, labels, input_ids=ids)
+    assert selection.indices.shape == (4, 4)
+    assert torch.equal(selection.mask, shifted("llama", labels) != -100)
+
+
 def test_the_mask_is_that_of_the_dense_scores(selections):
     model = build("llama")
     options = {"selection": "stratified", "scoring": "loss", "min_tokens_ratio": 0.4}

@@ -4,6 +4,7 @@ NumPy float64, Python integers, loops and explicit sorting; imports nothing of c
 A configuration is a dict with the fields of RoutingConfig, merged over DEFAULTS.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ DEFAULTS = {
     "selection": "importance",
     "scope": "batch",
     "min_tokens_ratio": 0.25,
+    "max_eligible_ratio": 1.0,
     "warmup_steps": 1000,
     "dynamic_threshold": True,
     "threshold_sensitivity": 0.5,
@@ -182,7 +184,10 @@ def token_count(n, ratio):
 
 
 def capacity(cfg, step, batch, length):
-    """C = ceil(M level / ONE), level the least of {1, 3/4, 1/2, final} that covers bound(step)."""
+    """C = ceil(E level / ONE) of E = ceil(e M) that may be eligible.
+
+    The level is the least of {1, 3/4, 1/2, final} that covers bound(step).
+    """
     cfg = merged(cfg)
 
     def bound(at):
@@ -193,7 +198,8 @@ def capacity(cfg, step, batch, length):
     final = bound(cfg["warmup_steps"])
     candidates = [c for c in (ONE, 3 * ONE // 4, ONE // 2, final) if c >= final]
     level = min(c for c in candidates if c >= bound(step))
-    slots = -(-rows * length * level // ONE)
+    most = math.ceil(cfg["max_eligible_ratio"] * (rows * length))
+    slots = -(-most * level // ONE)
     if cfg["selection"] == "sequence_aware":
         slots = max(slots, rows * min(cfg["min_tokens_per_sequence"], length))
     return min(slots, rows * length)

@@ -95,7 +95,9 @@ class Study:
         left = self.deadline - time.monotonic()
         if left <= 0:
             return False
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        device = visible.split(",")[gpu] if visible else str(gpu)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
         with (self.log / f"{name}.txt").open("w") as said:
             process = subprocess.Popen(
                 [*COMMAND, *arguments], stdout=said, stderr=subprocess.STDOUT, env=environment

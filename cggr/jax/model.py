@@ -41,6 +41,7 @@ from cggr.jax.routing import RoutedModule, selection_metrics
 from cggr.jax.scorer import Scores, checked_module, checked_shift, score, with_mask
 from cggr.jax.selected import SelectedRows, every_row, reduce_loss, selected_rows
 from cggr.spec import RoutingConfig, Selection
+from cggr.spec.config import rule_of_sequences
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import ONE
 
@@ -135,10 +136,7 @@ class CGGRModel(RoutedModule):
         if isinstance(router, TruncatedRouter) and router.source is model:
             self.truncation, router = router.truncation, None
         self.router = None if router is None else _checked_router(model, router)
-        rule = self.config
-        if self.split == "sequence" and rule.selection == "sequence_aware":
-            # Sequences are kept whole, so there is no floor of tokens in each of them.
-            rule = dataclasses.replace(rule, selection="topk")
+        rule = rule_of_sequences(self.config) if self.split == "sequence" else self.config
         self._rule = selection_options(rule)
 
     def _scores(self) -> bool:

@@ -57,7 +57,7 @@ class JaxLane:
         self.is_dense = lane.split == "dense"
         self.device = device
         self.heldout = heldout
-        self.sequence_length = settings.sequence_length
+        self.settings = settings
         self._decoder = nnx.graphdef(model)
         routed = _route(lane, model, seed)
         self._definition = nnx.graphdef(routed)
@@ -68,13 +68,14 @@ class JaxLane:
             (parameters, ADAMW.init(parameters), counters), device
         )
         shape = (settings.lane_batch_size(lane.name), settings.sequence_length)
-        self._tokens = shape[0] * (shape[1] - 1)
+        self._tokens = shape[0] * settings.targets_per_sequence
         # Here, where no clock runs. JAX remembers: the second lane of a kind compiles nothing.
         self._step = _train_step.lower(
             self._definition,
             self.parameters,
             self.moments,
             self.counters,
+            np.zeros(shape, np.int32),
             np.zeros(shape, np.int32),
             np.float32(0),
         ).compile()
@@ -93,6 +94,7 @@ class JaxLane:
             self.moments,
             self.counters,
             batch.ids.astype(np.int32),
+            batch.labels.astype(np.int32),
             np.float32(learning_rate),
         )
         # One step ahead keeps the device busy. JAX would queue dozens: the clock and the learning
@@ -134,13 +136,15 @@ class JaxLane:
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
         parameters = self.parameters if self.is_dense else self.parameters["model"]
-        total = 0.0
-        for inputs, targets in evaluation_batches(self.heldout, self.sequence_length):
+        total, n_targets = 0.0, 0
+        length, prompt = self.settings.sequence_length, self.settings.prompt_tokens
+        for inputs, targets in evaluation_batches(self.heldout, length, prompt):
             loss = _loss_sum(
                 self._decoder, parameters, inputs.astype(np.int32), targets.astype(np.int32)
             )
             total += loss.item()
-        return total / (len(self.heldout) - 1)
+            n_targets += int((targets != IGNORED).sum())
+        return total / n_targets
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -151,11 +155,12 @@ def _train_step(
     moments: optax.OptState,
     counters: nnx.State,
     ids: Array,
+    labels: Array,
     learning_rate: Array,
 ) -> tuple[nnx.State, optax.OptState, nnx.State, Array]:
     """Everything that a step changes, and its loss."""
     module = nnx.merge(definition, parameters, counters)
-    loss, gradients = nnx.value_and_grad(_loss)(module, ids)
+    loss, gradients = nnx.value_and_grad(_loss)(module, ids, labels)
     # As torch.nn.utils.clip_grad_norm_ does.
     norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
     scale = jnp.minimum(1.0, 1.0 / (norm + 1e-6))
@@ -168,12 +173,14 @@ def _train_step(
     return parameters, moments, nnx.state(module, nnx.Not(nnx.Param)), loss
 
 
-def _loss(module: Decoder | CGGRModel, ids: Array) -> Array:
+def _loss(module: Decoder | CGGRModel, ids: Array, labels: Array) -> Array:
     if isinstance(module, CGGRModel):
-        return module(ids, labels=ids)
+        return module(ids, labels=labels)
     # The last token of a row predicts nothing. Its loss is dropped and not its logits, of which all
     # the others would be copied.
-    return _nll(module(ids), jnp.roll(ids, -1, axis=1))[:, :-1].mean()
+    targets = jnp.roll(labels, -1, axis=1)
+    nll = _nll(module(ids), jnp.maximum(targets, 0))
+    return jnp.mean(nll[:, :-1], where=targets[:, :-1] != IGNORED)
 
 
 @partial(jax.jit, static_argnums=0)

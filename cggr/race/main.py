@@ -69,6 +69,7 @@ def race(
             batch_size=settings.lane_batch_size(lane),
             sequence_length=settings.sequence_length,
             seed=seed,
+            prompt=settings.prompt_tokens,
             reference_nll=reference_nll,
         )
 
@@ -80,7 +81,8 @@ def race(
     subtitle = (
         f"{'fine-tuning' if settings.model else 'training'} {parameters / 1e6:.1f} M parameters "
         f"with {settings.backend}, "
-        f"batch {settings.batch_size} x {settings.sequence_length}, "
+        f"batch {settings.batch_size} x {settings.sequence_length}"
+        f"{f', prompts of {settings.prompt_tokens}' if settings.prompt_tokens else ''}, "
         f"ratio {settings.ratio:g}, {settings.scoring} / {settings.selection}, "
         f"{text.source_name(settings.text)} ({len(corpus.training) / 1e6:.2f} M tokens), {where}"
     )

@@ -88,13 +88,14 @@ class LaneSettings:
     Args:
         name: What the report calls it.
         split: ``dense``, or as of CGGRModel.
-        scoring: As of RoutingConfig, like all but the next and the last.
-        ratio: Fraction of each batch that is trained on.
+        scoring: As of RoutingConfig, like all but the next and the last four.
+        ratio: Fraction of each batch that is trained on; of its tokens with labels.
         selection: Selection rule.
         importance_floor: In the unit of the score.
         num_strata: Of ``stratified``.
         warmup_steps: Steps over which the ratio falls to `ratio`.
         dynamic_threshold: More tokens while the model is unsure.
+        max_eligible_ratio: Fraction of each batch's tokens that have labels, by the race's prompts.
         router_layers: Layers of the truncated router that scores; the whole model if None.
         batch_size: Sequences per batch; the race's if None.
         micro_batches: Parts of a batch that run one after the other, their gradients added.
@@ -113,6 +114,7 @@ class LaneSettings:
     num_strata: int = 4
     warmup_steps: int = 0
     dynamic_threshold: bool = False
+    max_eligible_ratio: float = 1.0
     router_layers: int | None = None
     batch_size: int | None = None
     micro_batches: int = 1
@@ -143,7 +145,7 @@ class LaneSettings:
         Raises:
             RaceError: It is no table, or one of unknown options.
         """
-        known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        known = {field.name for field in dataclasses.fields(cls)} - {"name", "max_eligible_ratio"}
         if not isinstance(table, dict):
             raise RaceError(f"lane {name} must be a table of options, got {table!r}")
         options = {key.replace("-", "_"): value for key, value in table.items()}
@@ -156,7 +158,8 @@ class LaneSettings:
         )
         if options.get("split") == "dense" and selecting:
             raise RaceError(f"lane {name}: a dense lane selects nothing, got {selecting[0]!r}")
-        common = {key: getattr(race, key) for key in ("scoring", "selection", "ratio")}
+        inherited = ("scoring", "selection", "ratio", "max_eligible_ratio")
+        common = {key: getattr(race, key) for key in inherited}
         lane = cls(name=name, **common | options)
         batch = lane.batch_size or race.batch_size
         if batch % lane.micro_batches:
@@ -188,6 +191,7 @@ class LaneSettings:
             scoring=self.scoring,
             selection=self.selection,
             min_tokens_ratio=self.ratio,
+            max_eligible_ratio=self.max_eligible_ratio,
             warmup_steps=self.warmup_steps,
             dynamic_threshold=self.dynamic_threshold,
             importance_floor=self.importance_floor,
@@ -220,6 +224,7 @@ class RaceSettings:
         layers: Depth of the new model.
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
         text: Files and folders; the Python standard library's source if empty.
+        prompt: Part of every sequence that is a prompt: its tokens have no labels.
         noise: Part of the training text's lines whose words are random.
         reference: Folder of the model whose losses ``excess_loss`` is in excess of.
         model: Folder of a Hugging Face causal language model to fine-tune instead of a new one.
@@ -253,6 +258,7 @@ class RaceSettings:
     layers: int = 4
     vocab_size: int = 4096
     text: tuple[Path, ...] = ()
+    prompt: float = 0.0
     noise: float = 0.0
     reference: Path | None = None
     model: Path | None = None
@@ -273,8 +279,15 @@ class RaceSettings:
                 raise RaceError(f"unknown lane {lane!r}; known lanes: {', '.join(known)}")
         if not self.lanes or len(set(self.lanes)) < len(self.lanes):
             raise RaceError(f"a race needs each lane once, got {','.join(self.lanes)!r}")
-        if not 0 <= self.noise < 1:
-            raise RaceError(f"--noise must be at least 0 and less than 1, got {self.noise}")
+        for option in ("noise", "prompt"):
+            if not 0 <= getattr(self, option) < 1:
+                raise RaceError(
+                    f"--{option} must be at least 0 and less than 1, got {getattr(self, option)}"
+                )
+        if self.prompt_tokens == self.sequence_length:
+            raise RaceError(
+                f"--prompt {self.prompt}: nothing of {self.sequence_length} tokens is left to learn"
+            )
         if self.save is not None and self.save not in self.lanes:
             raise RaceError(f"--save must be one of the lanes, got {self.save!r}")
         for option in ("compiled", "reference", "memory", "save"):
@@ -338,6 +351,21 @@ class RaceSettings:
                 way.check_jax()
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of every sequence without labels."""
+        return round(self.prompt * self.sequence_length)
+
+    @property
+    def targets_per_sequence(self) -> int:
+        """Tokens that are predicted: not the first, nor a prompt's."""
+        return self.sequence_length - max(1, self.prompt_tokens)
+
+    @property
+    def max_eligible_ratio(self) -> float:
+        """Part of a sequence's tokens that have labels."""
+        return 1 - self.prompt_tokens / self.sequence_length
+
+    @property
     def eval_interval(self) -> float:
         """Fraction of the budget between two evaluations."""
         if self.eval_every is not None:
@@ -363,6 +391,7 @@ class RaceSettings:
             scoring=self.scoring,
             ratio=self.ratio,
             selection="random" if is_random else self.selection,
+            max_eligible_ratio=self.max_eligible_ratio,
             # The token split scores with the pass that it makes anyway.
             router_layers=self.router_layers if split == "sequence" and not is_random else None,
         )

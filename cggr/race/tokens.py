@@ -33,10 +33,12 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: Token ids ``(B, S)``.
+        labels: The same, `IGNORED` in prompts.
         reference_nll: ``(B, S)``: the reference's loss of the token that follows; None without one.
     """
 
     ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
     reference_nll: Losses | None = None
 
 
@@ -174,6 +176,7 @@ def batches(
     batch_size: int,
     sequence_length: int,
     seed: int,
+    prompt: int = 0,
     reference_nll: Losses | None = None,
 ) -> BatchFunction:
     """Returns a function from the step to its batch, a pure one, so that every lane gets the same.
@@ -183,6 +186,7 @@ def batches(
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
         seed: Seed of the positions.
+        prompt: So many tokens of each sequence are a prompt.
         reference_nll: ``(N,)``: at each token, the reference's loss of the one that follows.
 
     Raises:
@@ -200,29 +204,39 @@ def batches(
         random = np.random.default_rng((seed, step))
         index = random.integers(len(tokens) - sequence_length + 1, size=(batch_size, 1)) + span
         known = None if reference_nll is None else np.nan_to_num(reference_nll[index])
-        return Batch(tokens[index].astype(np.int64), known)
+        ids = tokens[index].astype(np.int64)
+        return Batch(ids, np.where(span < prompt, IGNORED, ids), known)
 
     return batch
 
 
 def evaluation_batches(
-    tokens: Tokens, sequence_length: int
+    tokens: Tokens, sequence_length: int, prompt: int = 0
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Cuts a stream into inputs and targets, every token but the first being a target once.
 
+    After a prompt, so are all but its tokens and the first: prompts repeat what was a target of the
+    row before.
+
     Args:
-        tokens: The stream, of two tokens or more.
+        tokens: The stream, of two tokens or more behind a prompt.
         sequence_length: Tokens per row.
+        prompt: So many tokens of a training sequence are a prompt.
 
     Yields:
         Batches of one shape; behind the stream's end, inputs are 0 and targets `IGNORED`.
     """
-    rows = -(-(len(tokens) - 1) // sequence_length)
+    # A prompt's last token has a target, in training as here: the first of what follows it.
+    context = max(0, prompt - 1)
+    stride = sequence_length - context
+    rows = -(-(len(tokens) - 1 - context) // stride)
     batch_size = min(rows, max(1, EVALUATION_TOKENS // sequence_length))
     count = -(-rows // batch_size)
     shape = (count, batch_size, sequence_length)
-    inputs = np.zeros(shape, dtype=np.int64)
-    targets = np.full(shape, IGNORED, dtype=np.int64)
-    inputs.flat[: len(tokens) - 1] = tokens[:-1]
-    targets.flat[: len(tokens) - 1] = tokens[1:]
-    yield from zip(inputs, targets, strict=True)
+    index = np.arange(count * batch_size)[:, None] * stride + np.arange(sequence_length)
+    is_there = index < len(tokens) - 1
+    index = np.where(is_there, index, 0)
+    inputs = np.where(is_there, tokens[index], 0).astype(np.int64)
+    is_target = is_there & (np.arange(sequence_length) >= context)
+    targets = np.where(is_target, tokens[index + 1], IGNORED).astype(np.int64)
+    yield from zip(inputs.reshape(shape), targets.reshape(shape), strict=True)

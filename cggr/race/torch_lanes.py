@@ -61,7 +61,7 @@ class TorchLane:
             # The state of a generator cannot be asked for where a step is captured.
             enable({"use_reentrant": False, "preserve_rng_state": False})
         self.device = next(model.parameters()).device
-        self.sequence_length = settings.sequence_length
+        self.settings = settings
         self.heldout = heldout
         self.optimizer = self._new_optimizer()
         self._tokens = 0
@@ -91,7 +91,7 @@ class TorchLane:
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
         """One optimizer step."""
-        inputs: dict[str, Any] = {"input_ids": batch.ids, "labels": batch.ids}
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "labels": batch.labels}
         if self.lane.scores_excess:
             inputs["reference_nll"] = batch.reference_nll
         for group in self.optimizer.param_groups:
@@ -122,7 +122,7 @@ class TorchLane:
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.routed is None:
             loss = self.model(**inputs).loss / self.lane.micro_batches
-            self._tokens = inputs["labels"][:, 1:].numel()
+            self._tokens = len(inputs["labels"]) * self.settings.targets_per_sequence
         else:
             loss = self.routed(**inputs, **self._items(inputs))
         loss.backward()
@@ -131,7 +131,7 @@ class TorchLane:
         """What makes the loss of a micro-batch its part of the batch's."""
         if self.lane.micro_batches == 1:
             return {}
-        n_targets = inputs["labels"][:, 1:].numel()
+        n_targets = len(inputs["labels"]) * self.settings.targets_per_sequence
         return {"num_items_in_batch": n_targets * self.lane.micro_batches}
 
     def synchronize(self) -> None:
@@ -164,7 +164,8 @@ class TorchLane:
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the stream's first predicted exactly once."""
         self.model.eval()
-        loss = heldout_loss(self.model, self.heldout, self.sequence_length)
+        length, prompt = self.settings.sequence_length, self.settings.prompt_tokens
+        loss = heldout_loss(self.model, self.heldout, length, prompt)
         self.model.train()
         return loss
 
@@ -282,24 +283,28 @@ class CompiledLane(TorchLane):
 
 
 @torch.inference_mode()
-def heldout_loss(model: Any, heldout: Tokens, length: int) -> float:
+def heldout_loss(model: Any, heldout: Tokens, length: int, prompt: int = 0) -> float:
     """Mean loss of a model in eval mode over all tokens but the first, each predicted once.
+
+    After a prompt, if there is one: those of the first prompt are not predicted.
 
     Args:
         model: A causal language model.
         heldout: Token ids.
         length: Tokens per sequence.
+        prompt: Tokens of it that are a prompt.
     """
     device = next(model.parameters()).device
-    total = 0.0
-    for inputs, targets in evaluation_batches(heldout, length):
+    total, n_targets = 0.0, 0
+    for inputs, targets in evaluation_batches(heldout, length, prompt):
         logits = model(input_ids=torch.from_numpy(inputs).to(device)).logits
         labels = torch.from_numpy(targets).to(device)
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED
         )
         total += loss.item()
-    return total / (len(heldout) - 1)
+        n_targets += int((targets != IGNORED).sum())
+    return total / n_targets
 
 
 def _router(model: transformers.PreTrainedModel, lane: LaneSettings) -> Any:

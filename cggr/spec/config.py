@@ -35,6 +35,10 @@ class RoutingConfig:
             ``"importance"``, but ``"topk"`` of ``"excess_loss"``, whose noise has no part in the
             loss then; a weighted sample would estimate the mean over all tokens, noise included.
         min_tokens_ratio: Fraction of the eligible tokens to keep after the warm-up, in (0, 1].
+        max_eligible_ratio: Fraction of a batch's tokens (of a sequence's with
+            ``scope="sequence"``) that are eligible at most, in (0, 1]. Where only completions have
+            labels, and prompts none, the part of completions: static shapes are made for so many.
+            Of more, as many are selected as fit.
         warmup_steps: Optimizer steps over which the ratio falls linearly from 1 to
             `min_tokens_ratio`.
         dynamic_threshold: Keep more tokens while the model is unsure.
@@ -66,6 +70,7 @@ class RoutingConfig:
     scoring: str | Callable[..., Any] = "combined"
     selection: str | None = None
     min_tokens_ratio: float = 0.25
+    max_eligible_ratio: float = 1.0
     warmup_steps: int = 1000
     dynamic_threshold: bool = True
     threshold_sensitivity: float = 0.5
@@ -83,9 +88,10 @@ class RoutingConfig:
             self._set("selection", "topk" if self.scoring == "excess_loss" else "importance")
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("scope", self.scope, SCOPES)
-        self._set("min_tokens_ratio", _number("min_tokens_ratio", self.min_tokens_ratio))
-        if not 0 < self.min_tokens_ratio <= 1:
-            raise ValueError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio}.")
+        for name in ("min_tokens_ratio", "max_eligible_ratio"):
+            self._set(name, _number(name, getattr(self, name)))
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
         self._set(
             "threshold_sensitivity", _number("threshold_sensitivity", self.threshold_sensitivity)
         )
@@ -164,22 +170,39 @@ class RoutingConfig:
         Example:
             >>> RoutingConfig(warmup_steps=0).capacity(0, batch=4, length=100)
             150
+            >>> completions = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 0.25}
+            >>> RoutingConfig(**completions).capacity(0, batch=4, length=100)
+            100
         """
         return self.capacity_at(self.capacity_ratio(step), batch, length)
 
     @property
     def selects_all(self) -> bool:
-        """Whether `min_tokens_ratio` is 1: every eligible token is selected at every step."""
-        return schedule.base_ratio(self, 2**31 - 1) == schedule.ONE
+        """Whether every token may be eligible, and all that are are selected, at any step."""
+        return self.selects_all_at(2**31 - 1)
+
+    def selects_all_at(self, step: int) -> bool:
+        """:attr:`selects_all` at a step, whose loss is the dense loss then."""
+        return self.max_eligible_ratio == 1 and schedule.base_ratio(self, step) == schedule.ONE
 
     def capacity_at(self, capacity_ratio: int, batch: int, length: int) -> int:
         """:meth:`capacity` for a given :meth:`capacity_ratio`."""
         sequences = batch if self.scope == "batch" else 1
         size = sequences * length
-        slots = schedule.ceil_share(size, capacity_ratio)
+        most = size if self.max_eligible_ratio == 1 else math.ceil(self.max_eligible_ratio * size)
+        slots = schedule.ceil_share(most, capacity_ratio)
         if self.selection == "sequence_aware":
             slots = max(slots, sequences * min(self.min_tokens_per_sequence, length))
         return min(slots, size)
+
+
+def rule_of_sequences(config: RoutingConfig) -> RoutingConfig:
+    """The options of a selection among sequences, which are kept whole.
+
+    There is no floor of tokens in each of them, and all may have something to learn.
+    """
+    selection = "topk" if config.selection == "sequence_aware" else config.selection
+    return dataclasses.replace(config, selection=selection, max_eligible_ratio=1.0)
 
 
 def check_head(logit_scale: Any, softcap: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig, Selection
+from cggr.spec.config import rule_of_sequences
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
 from cggr.spec.selection import select_at_ratio
@@ -167,9 +168,8 @@ class CGGRModel(nn.Module):
         config = self.scorer.config
         if split == "token":
             self._rule = dataclasses.replace(config, scope="sequence")
-        elif split == "sequence" and config.selection == "sequence_aware":
-            # Sequences are kept whole, so there is no floor of tokens in each of them.
-            self._rule = dataclasses.replace(config, selection="topk")
+        elif split == "sequence":
+            self._rule = rule_of_sequences(config)
         else:
             self._rule = config
         if self._token_split is not None:

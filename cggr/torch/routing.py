@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cggr.spec import RoutingConfig
 from cggr.spec.config import given_config, scoring_name
-from cggr.spec.schedule import ONE, base_ratio
+from cggr.spec.schedule import ONE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,8 +33,8 @@ class RoutedModule(nn.Module):
         **options: Fields of :class:`RoutingConfig`, by keyword.
 
     Attributes:
-        selects_all: The ratio is 1 at this step, whatever the batch: the loss is the dense loss,
-            to the last bit.
+        selects_all: The ratio is 1 at this step, whatever the batch, of which every token may be
+            eligible: the loss is the dense loss, to the last bit.
         latest: Metrics of the last training forward, which :meth:`get_metrics` reads.
     """
 
@@ -149,7 +149,7 @@ class RoutedModule(nn.Module):
         self._host_step = step
         # Kept ready, so that a compiled forward depends on a few values and not on every step.
         self._capacity_ratio = self.config.capacity_ratio(step)
-        self.selects_all = base_ratio(self.config, step) == ONE
+        self.selects_all = self.config.selects_all_at(step)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
