@@ -57,6 +57,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "layers": 2,
         "vocab_size": 300,
         "text": ["book"],
+        "prompt": 0.0,
         "noise": 0.0,
         "reference": None,
         "model": None,

@@ -363,7 +363,7 @@ class RaceSettings:
     @property
     def max_eligible_ratio(self) -> float:
         """Part of a sequence's tokens that have labels."""
-        return 1 - self.prompt_tokens / self.sequence_length
+        return (self.sequence_length - self.prompt_tokens) / self.sequence_length
 
     @property
     def eval_interval(self) -> float:
