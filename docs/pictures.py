@@ -1,12 +1,15 @@
-"""Draws the pictures of docs/concepts.md: ``python docs/pictures.py``.
+"""Draws the pictures of docs/concepts.md and docs/evidence.md: ``python docs/pictures.py``.
 
-What they show is computed by the code they explain: `cggr.spec` on NumPy.
+What those of concepts show is computed by the code they explain: `cggr.spec` on NumPy. That of the
+evidence shows final losses of races, whose results are in benchmarks/results/evidence.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 import numpy as np
@@ -20,6 +23,14 @@ from cggr.spec.schedule import ONE, token_ratio
 
 FOLDER = Path(__file__).parent / "assets"
 HARD, CHOSEN, UNUSED = "#e65a14", "#1f5fbf", "#c8c8c8"  # as `cggr show` has them
+RESULTS = (
+    ("completions", "completions alone"),
+    ("memory", "the same, in 12 GiB"),
+    ("noise", "30 % noise"),
+    ("clients_wide", "a known text"),
+    ("scratch", "from scratch"),
+    ("original", "the race of cggr 0.5.0"),
+)
 RULES = ("topk", "stratified", "sequence_aware", "importance", "random")
 
 
@@ -123,6 +134,39 @@ def splits() -> Figure:
     return figure
 
 
+def evidence() -> Figure:
+    """Final held-out losses of every lane and seed, each lane at its best learning rate."""
+    tables = _tables()
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(3, 2).flat, RESULTS, strict=True):
+        lanes = tables.runs_of(tables.results_of(name))
+        best = {lane: tables.at_best_rate(runs) for lane, runs in lanes.items()}
+        order = sorted(best, key=lambda lane: -tables.mean_loss(best[lane]))
+        for place, lane in enumerate(order):
+            color = HARD if lane.startswith("dense") else CHOSEN
+            color = "#808080" if "random" in lane else color
+            losses = [run.curve[-1].loss for run in best[lane]]
+            axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
+            axes.plot(tables.mean_loss(best[lane]), place, "|", color=color, ms=16, mew=2)
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set_ylim(-0.5, len(order) - 0.5)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("held-out loss at equal time; a dot for each seed, a line at their mean")
+    return figure
+
+
+def _tables() -> ModuleType:
+    """The script that prints the same results."""
+    path = Path(__file__).parents[1] / "benchmarks" / "evidence" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _cells(axes: Axes, shade: np.ndarray | None, which: np.ndarray, shape: tuple[int, int]) -> None:
     """Tokens as cells: darker where harder, with a blue frame where selected."""
     rank = np.zeros(shape) if shade is None else shade.argsort(None).argsort().reshape(shape)
@@ -145,7 +189,7 @@ def draw(folder: Path) -> None:
     """Writes all pictures, the same bytes with the same matplotlib."""
     # Text as outlines: no reader needs the font.
     with matplotlib.rc_context({"svg.hashsalt": "cggr", "svg.fonttype": "path"}):
-        for picture in (step, schedule, selections, splits):
+        for picture in (step, schedule, selections, splits, evidence):
             canvas = FigureCanvasSVG(picture())
             canvas.print_svg(folder / f"{picture.__name__}.svg", metadata={"Date": None})
 

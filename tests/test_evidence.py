@@ -84,6 +84,58 @@ def test_a_configuration_is_a_race(path, tmp_path, monkeypatch):
         assert controls >= {(lane.split, lane.ratio) for lane in selecting}
 
 
+@pytest.fixture
+def tables():
+    yield load("tables")
+    del sys.modules["tables"]
+
+
+@pytest.mark.parametrize(
+    "name", ["completions", "memory", "noise", "scratch", "original", "clients_wide"]
+)
+def test_tables_of_the_documentation_are_those_of_the_results(tables, name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", name])
+    tables.main()
+    printed = capsys.readouterr().out.partition("\n\n")[2].strip()
+    documents = EVIDENCE.parents[1] / "docs"
+    assert printed in (documents / "evidence.md").read_text()
+    # And the means in the README are of these lanes.
+    best = {
+        lane: f"{tables.mean_loss(tables.at_best_rate(runs)):.3f}"
+        for lane, runs in tables.runs_of(tables.results_of(name)).items()
+    }
+    summary = (EVIDENCE.parents[1] / "README.md").read_text()
+    summary = summary.partition("[start:evidence]")[2].partition("[end:evidence]")[0]
+    shown = [loss for loss in best.values() if loss in summary]
+    assert len(shown) >= 2
+
+
+def test_a_table_has_each_lane_at_its_best_rate(tables):
+    def run(lane, seed, rate, loss, complete=True):
+        point = {"seconds": 2.0, "steps": 100, "tokens_seen": 1, "tokens_trained": 1, "loss": loss}
+        return {
+            "lane": lane,
+            "seed": seed,
+            "learning_rate": rate,
+            "complete": complete,
+            "peak_memory": 2**30,
+            "curve": [point | {"loss": 9.0, "steps": 0, "seconds": 0.0}, point],
+        }
+
+    runs = [
+        run("slow", 0, 0.1, 3.0),
+        run("slow", 0, 0.2, 4.0),
+        run("slow", 1, 0.1, 5.0),
+        run("fast", 0, 0.2, 2.0),
+        run("fast", 1, 0.2, 1.0, complete=False),
+    ]
+    lines = tables.table({"runs": runs})
+    assert lines[2:] == [
+        "| fast | 20.0 | 100 | 1.0 | 0.2 | 2.000 | 2.000 |  |",
+        "| slow | 20.0 | 100 | 1.0 | 0.1 | 4.000 | 3.000 5.000 | 0.2: 4.000 |",
+    ]
+
+
 def test_sources_are_texts_of_their_kind_once(texts, tmp_path):
     wheel = tmp_path / "project-1.0-py3-none-any.whl"
     files = {

@@ -378,11 +378,12 @@ def test_memory_is_limited_to_what_was_asked_for(monkeypatch):
     device, limits = torch.device("cuda"), []
     properties = type("Properties", (), {"total_memory": 8 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    # Which takes no device without an index.
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda *found: limits.append(found)
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction: limits.append(fraction)
     )
     torch_lanes.limit_memory(2.0, device)
-    assert limits == [(0.25, device)]
+    assert limits == [0.25]
     with pytest.raises(RaceError, match=r"--memory 9: the device has 8\.0 GiB"):
         torch_lanes.limit_memory(9.0, device)
 

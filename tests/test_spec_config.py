@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,58 @@ def test_equal_options_are_equal_keys():
     assert pickle.loads(pickle.dumps(one)) == one
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.seed = 1
+
+
+def test_presets_are_what_was_raced():
+    evidence = Path(__file__).parents[1] / "benchmarks" / "evidence"
+    for name, setting, lane in (
+        ("completions", "completions", "backward completions"),
+        ("noisy", "noise", "backward excess top-k 0.70"),
+    ):
+        race = tomllib.loads((evidence / f"{setting}.toml").read_text())
+        of_lane = race["lanes"][lane]
+        options = {}
+        if race.get("prompt"):
+            options["max_eligible_ratio"] = 1 - race["prompt"]
+        config = RoutingConfig.preset(name, **options)
+        assert (config.selection, config.min_tokens_ratio) == (
+            of_lane["selection"],
+            of_lane["ratio"],
+        )
+        assert config.scoring == race["scoring"] or config.selection == "random"
+        assert (config.warmup_steps, config.dynamic_threshold) == (0, False)  # as all lanes
+    changed = RoutingConfig.preset("noisy", min_tokens_ratio=0.5, seed=3)
+    assert (changed.min_tokens_ratio, changed.seed, changed.selection) == (0.5, 3, "topk")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "pretrain",
+            {},
+            ValueError,
+            "name must be one of 'completions', 'noisy', got 'pretrain'.",
+        ),
+        (
+            "completions",
+            {},
+            ValueError,
+            "max_eligible_ratio must be given with the preset 'completions': the part of a ",
+        ),
+        ("noisy", {"ratio": 1}, TypeError, "unknown option 'ratio'; the options are "),
+        (
+            "noisy",
+            {"min_tokens_ratio": 2},
+            ValueError,
+            "min_tokens_ratio must be in (0, 1], got 2.0.",
+        ),
+    ],
+)
+def test_a_preset_that_cannot_be_had(name, options, error, message):
+    with pytest.raises(error) as found:
+        RoutingConfig.preset(name, **options)
+    assert str(found.value).startswith(message)
 
 
 CONFIGS = st.fixed_dictionaries(

@@ -355,7 +355,8 @@ def limit_memory(gib: float, device: torch.device) -> None:
     total: int = torch.cuda.get_device_properties(device).total_memory
     if gib * 2**30 > total:
         raise RaceError(f"--memory {gib:g}: the device has {total / 2**30:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
+    # Of the current device, which one without an index is: torch takes none without here.
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
 
 
 def build_model(settings: RaceSettings, corpus: Corpus, seed: int) -> transformers.PreTrainedModel:

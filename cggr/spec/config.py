@@ -15,6 +15,16 @@ SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss"
 SELECTIONS = ("topk", "stratified", "sequence_aware", "importance", "random", "fixed_quota")
 SCOPES = ("batch", "sequence")
 MAX_STRATA = 256
+_FIXED: dict[str, Any] = {"warmup_steps": 0, "dynamic_threshold": False}
+PRESETS: dict[str, dict[str, Any]] = {
+    "completions": {"selection": "random", "min_tokens_ratio": 1.0, **_FIXED},
+    "noisy": {
+        "scoring": "excess_loss",
+        "selection": "topk",
+        "min_tokens_ratio": 0.7,
+        **_FIXED,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +129,48 @@ class RoutingConfig:
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}.")
             self._set(name, value)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> RoutingConfig:
+        """Options that were ahead of dense training at equal time, for what they are for.
+
+        - ``"completions"``: all tokens that have labels, where prompts have none. Nothing is
+          scored. Needs `max_eligible_ratio`, the part of tokens that have labels at most; what has
+          none costs no backward pass by ``split="token"`` or ``"backward"``.
+        - ``"noisy"``: the 0.7 of the tokens whose loss is most in excess of a reference model's,
+          where about 0.3 of a text cannot be learned. Needs `reference_nll` with every batch; was
+          raced by ``split="backward"``.
+
+        There is none for training from scratch, where dense training was ahead of all that was
+        raced.
+
+        Args:
+            name: ``"completions"`` or ``"noisy"``.
+            **options: Fields that differ from it.
+
+        Raises:
+            ValueError: There is no preset of this name, an option is out of its range, or
+                ``"completions"`` is not given `max_eligible_ratio`.
+            TypeError: An option is unknown or has the wrong type.
+
+        Example:
+            >>> config = RoutingConfig.preset("completions", max_eligible_ratio=0.25)
+            >>> config.min_tokens_ratio, config.capacity(0, batch=4, length=100)
+            (1.0, 100)
+            >>> RoutingConfig.preset("noisy", min_tokens_ratio=0.5).scoring
+            'excess_loss'
+
+        References:
+            The races, and where each lost: ``docs/evidence.md``.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}.")
+        if name == "completions" and "max_eligible_ratio" not in options:
+            raise ValueError(
+                "max_eligible_ratio must be given with the preset 'completions': the part of a "
+                "batch's tokens that have labels at most, such as 0.25."
+            )
+        return given_config(None, PRESETS[name] | options)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
