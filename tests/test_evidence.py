@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def test_there_are_configurations():
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_a_configuration_is_a_race(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    models = (f"runs/{name}/model" for name in ("base", "base_long", "base_wide", "reference"))
-    for folder in ("texts/python", "texts/cpp", "texts/clients", *models):
+    options = tomllib.loads(path.read_text())
+    models = [options[key] for key in ("model", "reference") if key in options]
+    assert all((EVIDENCE / f"{Path(model).parent.name}.toml").exists() for model in models)
+    for folder in (*options["text"], *models):
         (tmp_path / folder).mkdir(parents=True)
     started = []
     monkeypatch.setattr(
@@ -99,15 +102,50 @@ def test_tables_of_the_documentation_are_those_of_the_results(tables, name, caps
     printed = capsys.readouterr().out.partition("\n\n")[2].strip()
     documents = EVIDENCE.parents[1] / "docs"
     assert printed in (documents / "evidence.md").read_text()
-    # And the means in the README are of these lanes.
-    best = {
-        lane: f"{tables.mean_loss(tables.at_best_rate(runs)):.3f}"
-        for lane, runs in tables.runs_of(tables.results_of(name)).items()
-    }
-    summary = (EVIDENCE.parents[1] / "README.md").read_text()
-    summary = summary.partition("[start:evidence]")[2].partition("[end:evidence]")[0]
-    shown = [loss for loss in best.values() if loss in summary]
-    assert len(shown) >= 2
+
+
+def test_the_summary_in_the_readme_is_that_of_the_results(tables, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--summary"])
+    tables.main()
+    readme = (EVIDENCE.parents[1] / "README.md").read_text()
+    shown = readme.partition("[start:evidence] -->")[2].partition("<!--")[0]
+    assert shown.strip() == capsys.readouterr().out.strip()
+    assert 3 <= shown.strip().count("\n") <= 11  # ten rows at most
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"), [("16 s", "completions-16s"), ("12 s", "completions-12s")]
+)
+def test_shorter_races_are_as_the_results_have_them(tables, budget, name):
+    (runs,) = tables.runs_of(tables.results_of(name)).values()
+    best = tables.at_best_rate(runs)
+    seeds = " ".join(f"{run.curve[-1].loss:.3f}" for run in best)
+    row = f"| {budget} | {tables.mean_loss(best):.3f} | {seeds} | |"
+    assert row in (EVIDENCE.parents[1] / "docs" / "evidence.md").read_text()
+
+
+def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
+    losses = {"a": [1.0, 2.0], "b": [1.1, 1.9], "c": [0.9, 1.8]}
+    monkeypatch.setattr(tables, "_ends", lambda way: losses[way.lane])
+    a, b, c = (tables.Way("race", lane) for lane in "abc")
+    assert tables._summary_row(tables.Setting("x", a, b)) == (
+        "| x | 1.500 (1.00 to 2.00) | 1.500 (1.10 to 1.90) |  |"
+    )
+    assert tables._summary_row(tables.Setting("x", a, c, b)) == (
+        "| x | 1.500 (1.00 to 2.00) | **1.350** (0.90 to 1.80) | 1.500 (1.10 to 1.90) |"
+    )
+    assert tables._summary_row(tables.Setting("x", c, a)).startswith("| x | **1.350** (")
+
+
+def test_there_are_no_tables_of_what_is_not_there(tables, capsys, monkeypatch):
+    for arguments, message in (
+        (["nothing"], "there are no results nothing: "),
+        ([], "name results, or --summary"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+        with pytest.raises(SystemExit):
+            tables.main()
+        assert message in capsys.readouterr().err
 
 
 def test_a_table_has_each_lane_at_its_best_rate(tables):
@@ -128,10 +166,11 @@ def test_a_table_has_each_lane_at_its_best_rate(tables):
         run("slow", 1, 0.1, 5.0),
         run("fast", 0, 0.2, 2.0),
         run("fast", 1, 0.2, 1.0, complete=False),
+        run("fast", 0, 0.4, None),  # it diverged
     ]
     lines = tables.table({"runs": runs})
     assert lines[2:] == [
-        "| fast | 20.0 | 100 | 1.0 | 0.2 | 2.000 | 2.000 |  |",
+        "| fast | 20.0 | 100 | 1.0 | 0.2 | 2.000 | 2.000 | 0.4: nan |",
         "| slow | 20.0 | 100 | 1.0 | 0.1 | 4.000 | 3.000 5.000 | 0.2: 4.000 |",
     ]
 

@@ -340,6 +340,25 @@ def test_at_ratio_one_loss_and_gradient_are_dense(make):
         assert_near(gradient["model"], nnx.to_pure_dict(expected))
 
 
+def test_completions_have_slots_for_them_alone():
+    ids, labels, mask = batch_of(padded=False)
+    length = ids.shape[1]
+    labels = np.where(np.arange(length) < length - 4, -100, labels)
+    targets = targets_of(labels, mask)
+    model = Learned()
+    options = FIXED | {"selection": "random", "min_tokens_ratio": 1.0}
+    routed = CGGRModel(model, split="token", max_eligible_ratio=4 / length, **options)
+    value, gradient = loss_and_gradient(routed, ids, labels)
+    kept = expected_selection(model, ids, targets, options)
+    np.testing.assert_array_equal(kept.mask, targets != -100)
+    expected = reference(model, ids, targets, kept, importance=False)
+    assert value == pytest.approx(float(expected[0]), rel=1e-5)
+    assert_near(gradient["model"], expected[1])
+    metrics = routed.get_metrics()
+    assert metrics["tokens_selected"] == metrics["tokens_total"] == (targets != -100).sum() > 0
+    assert routed.config.capacity(0, *ids.shape) == 4
+
+
 def test_with_a_slot_for_every_token_fewer_may_be_selected():
     ids, labels, mask = batch_of()
     model, options = Learned(), FIXED | {"selection": "importance"}

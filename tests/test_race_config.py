@@ -1,6 +1,7 @@
 """Races of configured lanes: read from a file, tuned, gone on with, and the models they leave."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +360,29 @@ def test_resume_refuses_another_race(raced, tmp_path, arguments, message):
     assert result.stderr.count("\n") == 1
     assert result.exit_code == 2
     assert (tmp_path / "runs" / "test" / "results.json").read_bytes() == before
+
+
+def test_resume_takes_results_from_before_an_option_was_there(raced, tmp_path):
+    file = tmp_path / "runs" / "test" / "results.json"
+    found = json.loads(file.read_text())
+    assert found["settings"].pop("prompt") == 0.0
+    file.write_text(json.dumps(found))
+    assert raced("--resume").exit_code == 0
+    assert raced("--resume", "--prompt", "0.5").exit_code == 2
+    file.write_text(json.dumps(found))
+    result = raced("--resume", "--prompt", "0.5")
+    assert "is of a race with prompt 0.0, not 0.5" in result.stderr
+
+
+def test_a_prompt_leaves_something_of_the_held_out_text(book):
+    shape = ("--sequence-length", "4000", "--prompt", "0.99", "--batch-size", "1")
+    result = race(*TINY, *shape, "--budget", "1step", "--lanes", "dense")
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        r"cggr: the text is too short: \d+ held-out tokens, of which none follows a prompt of "
+        r"3960; give more text, or a smaller --prompt or --sequence-length\n",
+        result.stderr,
+    )
 
 
 def test_resume_refuses_another_text_of_the_same_name(raced, book):

@@ -322,9 +322,10 @@ def test_the_references_losses_reach_the_scores(bigrams, monkeypatch, split):
     assert not scores
 
 
+@pytest.mark.parametrize("prompt", [0.0, 0.75])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("table", [{"split": "dense"}, {"split": "token", "selection": "random"}])
-def test_micro_batches_train_as_the_batch_does(table, compiled, monkeypatch):
+def test_micro_batches_train_as_the_batch_does(table, compiled, prompt, monkeypatch):
     # At ratio 1 what is drawn does not matter.
     table = table if table["split"] == "dense" else table | {"ratio": 1.0}
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
@@ -332,15 +333,18 @@ def test_micro_batches_train_as_the_batch_does(table, compiled, monkeypatch):
         lanes=("whole", "parts"),
         tables={"whole": table, "parts": table | {"micro_batches": 4}},
         compiled=compiled,
+        prompt=prompt,
     )
     make = torch_lanes.make_lanes(settings, corpus, torch.device("cpu"))
     found = []
     for name in settings.lanes:
         lane = make(name, 0)
         for step in range(2):
-            lane.train_step(batch_of(corpus.training[128 * step :]), 1e-2)
+            batch = batch_of(corpus.training[128 * step :])
+            labels = np.where(np.arange(16) < settings.prompt_tokens, tokens.IGNORED, batch.ids)
+            lane.train_step(batch._replace(labels=labels), 1e-2)
         found.append(lane.evaluate())
-        assert lane.tokens_per_step() == 8 * 15
+        assert lane.tokens_per_step() == 8 * (4 if prompt else 15)
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 

@@ -143,7 +143,7 @@ def test_presets_are_what_was_raced():
             "completions",
             {},
             ValueError,
-            "max_eligible_ratio must be given with the preset 'completions': the part of a ",
+            "max_eligible_ratio must be given with the preset 'completions': the largest ",
         ),
         ("noisy", {"ratio": 1}, TypeError, "unknown option 'ratio'; the options are "),
         (

@@ -192,6 +192,22 @@ def test_completions_have_their_dense_loss_in_slots_for_them_alone(scope, capaci
     assert wrapped(ids, labels=labels).item() == pytest.approx(dense.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("split", ["backward", "token"])
+def test_more_completions_than_the_options_say_are_refused(split):
+    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 0.25, "scope": "sequence"}
+    wrapped = RoutedModel(models.build("llama"), split=split, **options, **OFF)
+    ids = models.token_ids(4, 12)
+    labels = completions(ids, n_prompt=9)
+    wrapped(ids, labels=labels).backward()
+    labels[2, 8] = ids[2, 8]  # one completion is longer
+    message = (
+        "max_eligible_ratio is 0.25, but 4 of the 12 tokens of a sequence are eligible: give "
+        "0.3334 or more."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        wrapped(ids, labels=labels)
+
+
 def test_more_completions_than_there_are_slots_for_are_drawn(selections):
     model = models.build("llama")
     options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 1 / 4}

@@ -757,3 +757,28 @@ def test_an_optimizer_step_without_targets_is_zero_and_so_is_its_gradient(select
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("capacity", ["exact", "static"])
+def test_slots_for_what_has_targets_alone(capacity):
+    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 0.25, "selection": "random"}
+    criterion = CGGRLoss(capacity=capacity, warmup_steps=0, dynamic_threshold=False, **options)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 8, 11, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 11, (4, 8), generator=generator)
+    targets[:, :6] = -100
+    loss = criterion(logits, targets)
+    loss.backward()
+    twin = logits.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(twin.flatten(0, 1), targets.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad, twin.grad)
+    targets[0, 5] = 3  # one more than was said
+    if capacity == "exact":
+        with pytest.raises(ValueError, match=r"^max_eligible_ratio is 0\.25, but 9 of the 32 "):
+            criterion(logits, targets)
+    else:
+        criterion(logits, targets)
+        assert criterion.get_metrics()["tokens_selected"] == 8
+        assert criterion.get_metrics()["tokens_total"] == 9

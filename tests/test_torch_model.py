@@ -991,3 +991,17 @@ def test_activation_checkpointing_changes_nothing(name):
         results.append((loss, gradients(model)))
     assert torch.equal(results[0][0], results[1][0])
     assert all(map(torch.equal, results[0][1].values(), results[1][1].values()))
+
+
+def test_whole_sequences_are_selected_whatever_part_of_them_has_labels():
+    # Which is a bound on tokens: of a quarter of the tokens, half of the sequences may have some.
+    model = models.build("mamba")
+    options = {"min_tokens_ratio": 1.0, "warmup_steps": 0, "dynamic_threshold": False}
+    ids = models.token_ids(4, 8)
+    labels = ids.masked_fill(torch.arange(8) < 6, -100)
+    for capacity in ("exact", "static"):
+        wrapped = CGGRModel(
+            model, split="sequence", capacity=capacity, max_eligible_ratio=0.25, **options
+        )
+        wrapped(ids, labels=labels)
+        assert wrapped.get_metrics()["tokens_selected"] == 8

@@ -1,17 +1,21 @@
-"""Prints results of the study as docs/evidence.md has them.
+"""Prints results of the study as docs/evidence.md and README.md have them.
 
+    python benchmarks/evidence/tables.py runs/completions/results.json
     python benchmarks/evidence/tables.py completions noise
+    python benchmarks/evidence/tables.py --summary
 
-takes benchmarks/results/evidence/NAME.json, which is the results.json of a race, or a path to one.
+A name is that of a file in benchmarks/results/evidence, the results.json of a race; the summary is
+of those files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cggr.race.engine import Evaluation, Run, best_rate
 
@@ -25,7 +29,79 @@ COLUMNS = (
     "of each seed",
     "other rates",
 )
+TOKENS = ("tokens_seen", "tokens_trained")
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
+
+
+class Way(NamedTuple):
+    """A lane of a race, and what the summary says of it."""
+
+    race: str
+    lane: str
+    words: str = ""
+
+
+class Setting(NamedTuple):
+    """A row of the summary."""
+
+    words: str
+    dense: Way
+    cggr: Way
+    random: Way | None = None
+
+
+SUMMARY = (
+    Setting(
+        "(b) fine-tuning on completions, 368 M parameters, 20 s",
+        Way("completions", "dense"),
+        Way("completions", "backward completions", '`split="backward"`, all completions'),
+    ),
+    Setting(
+        "",
+        Way("completions", "dense"),
+        Way("completions", "backward importance 0.50", "half of their tokens, `importance`"),
+        Way("completions", "backward random 0.50"),
+    ),
+    Setting(
+        "the same, CGGR in 16 s",
+        Way("completions", "dense"),
+        Way("completions-16s", "backward completions", "all completions"),
+    ),
+    Setting(
+        "(d) the same in 12 GiB, 20 s",
+        Way("completions", "dense", "in 9.3 GiB"),
+        Way("memory", "token completions in 2 parts", '`split="token"`, in 6.6 GiB'),
+    ),
+    Setting(
+        "(c) from scratch, 30 % of the lines noise, 97 M, 20 s",
+        Way("noise", "dense half batch", "half of the batch"),
+        Way("noise", "backward excess top-k 0.70", "0.7 of the tokens, `excess_loss`"),
+        Way("noise", "backward random 0.70"),
+    ),
+    Setting(
+        "fine-tuning on a text that it soon knows, 368 M, 20 s",
+        Way("clients_wide", "dense"),
+        Way("clients_wide", "backward importance 0.50", "half of the tokens, `importance`"),
+    ),
+    Setting(
+        "(a) from scratch, 97 M, 20 s",
+        Way("scratch", "dense"),
+        Way("scratch", "backward importance 0.70", "0.7 of the tokens, `importance`"),
+        Way("scratch", "backward random 0.70"),
+    ),
+    Setting(
+        "fine-tuning on another language, 91 M, 12 s",
+        Way("finetune-one-seed", "dense"),
+        Way("finetune-one-seed", "token importance 0.50", "half of the tokens, `importance`"),
+        Way("finetune-one-seed", "token random 0.50"),
+    ),
+    Setting(
+        "(e) the race of cggr 0.5.0, 368 M, 12 s",
+        Way("original", "dense"),
+        Way("original", "sequence top-k combined 0.25", "a quarter of the sequences, `topk`"),
+        Way("original", "sequence random 0.25"),
+    ),
+)
 
 
 def results_of(name: str) -> dict[str, Any]:
@@ -40,8 +116,9 @@ def runs_of(results: Mapping[str, Any]) -> dict[str, list[Run]]:
     lanes: dict[str, list[Run]] = {}
     for entry in results["runs"]:
         curve = [
-            Evaluation(**{key: value for key, value in point.items() if key != "bits_per_byte"})
+            Evaluation(**{key: point[key] for key in ("seconds", "steps", *TOKENS)}, loss=loss)
             for point in entry["curve"]
+            for loss in [math.nan if point["loss"] is None else point["loss"]]
         ]
         run = Run(
             entry["lane"],
@@ -94,12 +171,54 @@ def _row(name: str, runs: Sequence[Run]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def summary() -> list[str]:
+    """Lines of Markdown: what each setting came to, bold what was ahead in every seed."""
+    head = "| setting | dense | CGGR | random selection |"
+    return [head, "| --- | --- | --- | --- |", *map(_summary_row, SUMMARY)]
+
+
+def _summary_row(setting: Setting) -> str:
+    ends = {way: _ends(way) for way in setting[1:] if way is not None}
+    dense, cggr = ends[setting.dense], ends[setting.cggr]
+    cells = [setting.words]
+    for way in setting[1:]:
+        other = cggr if way == setting.dense else dense
+        is_ahead = way in (setting.dense, setting.cggr) and all(
+            own < loss for own, loss in zip(ends[way], other, strict=True)
+        )
+        cells.append("" if way is None else _summary_cell(way, ends[way], bold=is_ahead))
+    return f"| {' | '.join(cells)} |"
+
+
+def _ends(way: Way) -> list[float]:
+    """Final losses of all seeds."""
+    runs = at_best_rate(runs_of(results_of(way.race))[way.lane])
+    return [run.curve[-1].loss for run in runs]
+
+
+def _summary_cell(way: Way, losses: Sequence[float], *, bold: bool) -> str:
+    mean = f"{sum(losses) / len(losses):.3f}"
+    spread = f"({min(losses):.2f} to {max(losses):.2f})" if len(losses) > 1 else "(one seed)"
+    return " ".join(filter(None, (f"**{mean}**" if bold else mean, spread, way.words)))
+
+
 def main() -> None:
     """Prints the tables that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+")
-    for name in parser.parse_args().names:
-        print(f"{name}:\n", *table(results_of(name)), "", sep="\n")
+    parser.add_argument("names", nargs="*", help="of results, or paths to a results.json")
+    parser.add_argument("--summary", action="store_true", help="of all settings")
+    options = parser.parse_args()
+    if not options.names and not options.summary:
+        parser.error("name results, or --summary")
+    for name in options.names:
+        try:
+            results = results_of(name)
+        except FileNotFoundError as error:
+            parser.error(f"there are no results {name}: {error.filename}")
+        unfinished = "" if results["complete"] else " (not complete)"
+        print(f"{name}{unfinished}:\n", *table(results), "", sep="\n")
+    if options.summary:
+        print(*summary(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class JaxLane:
         raise NotImplementedError
 
     def evaluate(self) -> float:
-        """Mean held-out loss, every token but the stream's first predicted exactly once."""
+        """Mean held-out loss, every token but the first, or the first prompt, predicted once."""
         parameters = self.parameters if self.is_dense else self.parameters["model"]
         total, n_targets = 0.0, 0
         length, prompt = self.settings.sequence_length, self.settings.prompt_tokens

@@ -75,6 +75,12 @@ def race(
 
     for lane in settings.lanes:  # a text that is too short is found before a model is built
         make_batches(0, lane)
+    if len(corpus.heldout) <= max(1, settings.prompt_tokens):
+        raise RaceError(
+            f"the text is too short: {len(corpus.heldout)} held-out tokens, of which none follows "
+            f"a prompt of {settings.prompt_tokens}; give more text, or a smaller --prompt or "
+            f"--sequence-length"
+        )
     with console.status("building the model"):
         parameters = backend.count_parameters(settings, corpus)
     where = runtime.gpu or machine.cpu_name()

@@ -193,8 +193,9 @@ def earlier_runs(
     now |= {"text": digest, "weights of": models}
     for values, of in ((before, found), (now, environment)):
         values |= {"gpu": of["machine"]["gpu"], "versions": of["versions"]}
+    defaults = RaceSettings(budget=settings.budget).to_json()  # of options that it had not yet
     for option, value in now.items():
-        if before.get(option) != value:
+        if before.setdefault(option, defaults.get(option)) != value:
             raise RaceError(
                 f"--resume: {file} is of a race with {option} {before.get(option)!r}, not {value!r}"
             )

@@ -66,7 +66,7 @@ class Corpus:
     tokenizer: str = ""
 
     def bits_per_byte(self, loss: float) -> float:
-        """Converts nats per held-out token to bits per held-out byte."""
+        """Converts nats per held-out token to bits per held-out byte, as if all had this loss."""
         return loss * (len(self.heldout) - 1) / (np.log(2) * self.heldout_bytes)
 
 

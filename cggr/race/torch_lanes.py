@@ -162,7 +162,7 @@ class TorchLane:
         return tokens * self.lane.micro_batches  # of which the last one is known
 
     def evaluate(self) -> float:
-        """Mean held-out loss, every token but the stream's first predicted exactly once."""
+        """Mean held-out loss, every token but the first, or the first prompt, predicted once."""
         self.model.eval()
         length, prompt = self.settings.sequence_length, self.settings.prompt_tokens
         loss = heldout_loss(self.model, self.heldout, length, prompt)
@@ -355,7 +355,7 @@ def limit_memory(gib: float, device: torch.device) -> None:
     total: int = torch.cuda.get_device_properties(device).total_memory
     if gib * 2**30 > total:
         raise RaceError(f"--memory {gib:g}: the device has {total / 2**30:.1f} GiB")
-    # Of the current device, which one without an index is: torch takes none without here.
+    # Of the current device: torch refuses a device without an index here, such as ours is.
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
 
 

@@ -45,10 +45,12 @@ class RoutingConfig:
             ``"importance"``, but ``"topk"`` of ``"excess_loss"``, whose noise has no part in the
             loss then; a weighted sample would estimate the mean over all tokens, noise included.
         min_tokens_ratio: Fraction of the eligible tokens to keep after the warm-up, in (0, 1].
-        max_eligible_ratio: Fraction of a batch's tokens (of a sequence's with
-            ``scope="sequence"``) that are eligible at most, in (0, 1]. Where only completions have
-            labels, and prompts none, the part of completions: static shapes are made for so many.
-            Of more, as many are selected as fit.
+        max_eligible_ratio: Fraction of a batch's tokens that are eligible at most, in (0, 1]; of
+            any sequence's, with ``scope="sequence"`` and so with ``split="token"``. Where only
+            completions have labels, and prompts none, the longest completion's part: static shapes
+            are made for so many. Of more, a static capacity keeps as many as fit, by the same rule;
+            of the rules only ``"importance"`` makes up for the others by its weights. An exact
+            capacity refuses more. Whole sequences are selected without it.
         warmup_steps: Optimizer steps over which the ratio falls linearly from 1 to
             `min_tokens_ratio`.
         dynamic_threshold: Keep more tokens while the model is unsure.
@@ -135,8 +137,9 @@ class RoutingConfig:
         """Options that were ahead of dense training at equal time, for what they are for.
 
         - ``"completions"``: all tokens that have labels, where prompts have none. Nothing is
-          scored. Needs `max_eligible_ratio`, the part of tokens that have labels at most; what has
-          none costs no backward pass by ``split="token"`` or ``"backward"``.
+          scored. Needs `max_eligible_ratio`: with ``split="token"`` the longest completion's part
+          of its sequence, with ``"backward"`` the completions' part of any batch. What has no label
+          costs no backward pass there; ``split="sequence"`` trains on everything.
         - ``"noisy"``: the 0.7 of the tokens whose loss is most in excess of a reference model's,
           where about 0.3 of a text cannot be learned. Needs `reference_nll` with every batch; was
           raced by ``split="backward"``.
@@ -163,12 +166,11 @@ class RoutingConfig:
         References:
             The races, and where each lost: ``docs/evidence.md``.
         """
-        if name not in PRESETS:
-            raise ValueError(f"name must be one of {', '.join(map(repr, PRESETS))}, got {name!r}.")
+        _check_choice("name", name, tuple(PRESETS))
         if name == "completions" and "max_eligible_ratio" not in options:
             raise ValueError(
-                "max_eligible_ratio must be given with the preset 'completions': the part of a "
-                "batch's tokens that have labels at most, such as 0.25."
+                "max_eligible_ratio must be given with the preset 'completions': the largest part "
+                "of a sequence's tokens that have labels, such as 0.25."
             )
         return given_config(None, PRESETS[name] | options)
 
@@ -237,12 +239,17 @@ class RoutingConfig:
         """:attr:`selects_all` at a step, whose loss is the dense loss then."""
         return self.max_eligible_ratio == 1 and schedule.base_ratio(self, step) == schedule.ONE
 
+    def most_eligible(self, size: int) -> int:
+        """How many of `size` tokens may be eligible."""
+        if self.max_eligible_ratio == 1:
+            return size  # which may be a compiler's symbol, and has no ceiling
+        return math.ceil(self.max_eligible_ratio * size)
+
     def capacity_at(self, capacity_ratio: int, batch: int, length: int) -> int:
         """:meth:`capacity` for a given :meth:`capacity_ratio`."""
         sequences = batch if self.scope == "batch" else 1
         size = sequences * length
-        most = size if self.max_eligible_ratio == 1 else math.ceil(self.max_eligible_ratio * size)
-        slots = schedule.ceil_share(most, capacity_ratio)
+        slots = schedule.ceil_share(self.most_eligible(size), capacity_ratio)
         if self.selection == "sequence_aware":
             slots = max(slots, sequences * min(self.min_tokens_per_sequence, length))
         return min(slots, size)

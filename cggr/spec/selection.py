@@ -93,8 +93,8 @@ def select_tokens(
 
     Raises:
         TypeError: `difficulty` is not floating or `eligible` not bool.
-        ValueError: Shapes disagree, `step` is a negative int, or `capacity` is not within 0 and
-            the group's size.
+        ValueError: Shapes disagree, `step` is a negative int, `capacity` is not within 0 and the
+            group's size, or it is None and more is eligible than the options say that there may be.
 
     Example:
         >>> import numpy as np
@@ -174,12 +174,25 @@ def select_at_ratio(
 
     mask_RM = rank_RM < k_R[:, None]
     if capacity is None:
+        if groups and config.max_eligible_ratio < 1:
+            check_eligible(config, int(xp.max(n_R)), size)
         capacity = int(xp.max(k_R)) if groups else 0
     indices_RC, weights_RC = _slots(mask_RM, weights_RM, k_R, capacity, xp)
     mask = xp.reshape(mask_RM, shape)
     if config.scope == "sequence" and len(shape) == 2:
         return Selection(mask, indices_RC, weights_RC, k_R, ratio)
     return Selection(mask, indices_RC[0, :], weights_RC[0, :], k_R[0, ...], ratio)
+
+
+def check_eligible(config: RoutingConfig, n_eligible: int, size: int) -> None:
+    """Refuse more eligible tokens, of `size` in a group, than the options say that there may be."""
+    if n_eligible > config.most_eligible(size):
+        where = "batch" if config.scope == "batch" else "sequence"
+        raise ValueError(
+            f"max_eligible_ratio is {config.max_eligible_ratio:g}, but {n_eligible} of the {size} "
+            f"tokens of a {where} are eligible: give {math.ceil(1e4 * n_eligible / size) / 1e4:g} "
+            f"or more."
+        )
 
 
 def _checked(difficulty: Any, eligible: Any, confidence: Any, xp: Any) -> tuple[Any, Any]:

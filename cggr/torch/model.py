@@ -20,7 +20,7 @@ from cggr.spec import RoutingConfig, Selection
 from cggr.spec.config import rule_of_sequences
 from cggr.spec.inputs import follows_sequences, map_parts
 from cggr.spec.schedule import token_ratio
-from cggr.spec.selection import select_at_ratio
+from cggr.spec.selection import check_eligible, select_at_ratio
 from cggr.torch.backward_rows import BackwardRows
 from cggr.torch.dispatch import implementation
 from cggr.torch.functional import aligned_targets, checked_targets
@@ -429,8 +429,11 @@ class CGGRModel(nn.Module):
         """``Σ w nll`` over the tokens to train on, of a forward pass of all."""
         scorer, config, (batch, length) = self.scorer, self.config, targets.shape
         chosen, capacity = None, scorer.most_slots(batch, length)
+        groups = 1 if config.scope == "batch" else batch
+        if self._synchronises and config.max_eligible_ratio < 1:
+            n_eligible = int(eligible.reshape(groups, -1).sum(dim=1).max()) if batch else 0
+            check_eligible(config, n_eligible, batch * length // groups)
         if not scorer.selects_all:
-            groups = 1 if config.scope == "batch" else batch
             chosen = BackwardRows.of_size(groups * capacity, batch * length, targets.device)
         hidden = split.hidden(
             model_inputs,
