@@ -65,6 +65,7 @@ def advise_text(
     importance_floor: float,
     n_tokens: int,
     context: int,
+    prompt: float,
     batch_size: int,
     device: str,
     console: Console,
@@ -82,14 +83,22 @@ def advise_text(
     loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
     check_size(loaded, model, context, max(tokenizer.get_vocab_size(), (end_of_text or 0) + 1))
     ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
-    config = RoutingConfig(scoring=scoring, importance_floor=importance_floor)
-    found = _statistics(CGGRScorer(loaded, config), ids_RS, batch_size, loaded.device, console)
+    n_prompt = round(prompt * context)
+    if n_prompt == context:
+        raise RaceError(f"--prompt {prompt}: nothing of {context} tokens is left to learn")
+    labelled = (context - n_prompt) / context
+    config = RoutingConfig(
+        scoring=scoring, importance_floor=importance_floor, max_eligible_ratio=labelled
+    )
+    scorer = CGGRScorer(loaded, config)
+    found = _statistics(scorer, ids_RS, max(1, n_prompt), batch_size, loaded.device, console)
     if not all(np.isfinite(values).all() for values in found.values()):
         raise RaceError(f"--model {model}: its scores of this text are not finite")
     norm_RM = found["error_norm"]
     importance_RM = np.maximum(found["difficulty"], 0) + importance_floor
-    costs, refused = _costs(loaded, context)
-    advice = _advice(norm_RM, importance_RM, costs)
+    costs, refused = _costs(loaded, context, labelled)
+    ratios = (*RATIOS, 1.0) if n_prompt else RATIOS
+    advice = _advice(norm_RM, importance_RM, costs, ratios)
     console.print(
         f"{model.resolve().name} on {source_name(text)}: {norm_RM.size:,} tokens of loss "
         f"{found['nll'].mean():.3f}, error norm {norm_RM.mean():.3f} ± {norm_RM.std():.3f}",
@@ -102,8 +111,13 @@ def advise_text(
     return advice
 
 
-def _costs(model: Any, length: int) -> tuple[dict[str, Callable[[float], float]], str]:
-    """Operations of a step by its ratio, of each split that runs the model; or why none does."""
+def _costs(
+    model: Any, length: int, labelled: float = 1.0
+) -> tuple[dict[str, Callable[[float], float]], str]:
+    """Operations of a step by its ratio, of each split that runs the model; or why none does.
+
+    A ratio is a part of the tokens that have labels, which are themselves a part of all.
+    """
     costs: dict[str, Callable[[float], float]] = {}
     refused = ""
     for split in SPLITS:
@@ -113,8 +127,13 @@ def _costs(model: Any, length: int) -> tuple[dict[str, Callable[[float], float]]
             refused = f"No split by tokens runs this model: {error}"
             continue
         of_all = part_of_all_tokens(model, length) if split == "backward" else 0.0
-        costs[split] = functools.partial(operations, split=split, of_all=of_all)
+        costs[split] = functools.partial(_cost, split, of_all, labelled)
     return costs, refused
+
+
+def _cost(split: str, of_all: float, labelled: float, ratio: float) -> float:
+    # Of all that have labels, nothing is to be scored.
+    return operations(ratio * labelled, split, of_all=of_all, scored=ratio < 1)
 
 
 def part_of_all_tokens(model: Any, length: int) -> float:
@@ -159,6 +178,7 @@ def _advice(
     norm_RM: npt.ArrayLike,
     importance_RM: npt.ArrayLike,
     costs: Mapping[str, Callable[[float], float]],
+    ratios: Sequence[float] = RATIOS,
 ) -> list[Advice]:
     return [
         Advice(
@@ -169,7 +189,7 @@ def _advice(
             },
             {split: cost(ratio) for split, cost in costs.items()},
         )
-        for ratio in RATIOS
+        for ratio in ratios
     ]
 
 
@@ -210,11 +230,12 @@ def _windows(
 def _statistics(
     scorer: CGGRScorer,
     ids_RS: npt.NDArray[np.int64],
+    first: int,
     batch_size: int,
     device: torch.device,
     console: Console,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """``difficulty``, ``nll``, ``error_norm`` ``(R, S - 1)`` of all tokens but each row's first."""
+    """``difficulty``, ``nll``, ``error_norm`` ``(R, S - first)``, of tokens from `first` on."""
     ignore_index = scorer.config.ignore_index
     found: dict[str, list[Any]] = {"difficulty": [], "nll": [], "error_norm": []}
     with Progress(console=console, transient=True) as progress:
@@ -225,7 +246,8 @@ def _statistics(
             scores = scorer.score(targets_BS, input_ids=ids_BS)
             values = {"difficulty": scores.difficulty, **scores.statistics._asdict()}
             for name, parts in found.items():
-                parts.append(values[name][:, :-1].double().cpu().numpy())
+                # Where a token is predicted, one before it.
+                parts.append(values[name][:, first - 1 : -1].double().cpu().numpy())
             progress.advance(task, len(ids_BS))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -283,13 +305,16 @@ def _verdict(
             f"{gain:.2f} times as much per operation.{hint}"
         )
     floor = config.importance_floor
-    options = {
-        "split": split,
-        "selection": "importance",
-        "scoring": config.scoring,
-        "min_tokens_ratio": best.ratio,
-        "dynamic_threshold": False,
-    } | ({} if floor == RoutingConfig().importance_floor else {"importance_floor": floor})
+    options: dict[str, Any] = {"split": split, "min_tokens_ratio": best.ratio}
+    if best.ratio < 1:
+        options |= {"selection": "importance", "scoring": config.scoring}
+        if floor != RoutingConfig().importance_floor:
+            options["importance_floor"] = floor
+    else:
+        options["selection"] = "random"  # of which all is selected, and nothing scored
+    options["dynamic_threshold"] = False
+    if config.max_eligible_ratio < 1:
+        options["max_eligible_ratio"] = config.max_eligible_ratio
     return (
         f"Predicted: about {gain:.2f} times what dense training learns per operation, by "
         + ", ".join(f"{name}={value!r}" for name, value in options.items())

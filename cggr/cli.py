@@ -184,6 +184,12 @@ _TEXT = click.option(
     show_default="the Python standard library's source",
     help="File or folder; repeatable.",
 )
+_PROMPT = click.option(
+    "--prompt",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Part of every sequence without labels, as a prompt has none.",
+)
 
 
 @main.command(context_settings={"show_default": True})
@@ -252,12 +258,7 @@ _TEXT = click.option(
         show_default="none",
         help="Peaks of which every lane has its best, by its first seed.",
     ),
-    click.option(
-        "--prompt",
-        type=click.FloatRange(0, 1, max_open=True),
-        default=0.0,
-        help="Part of every sequence without labels, as a prompt has none.",
-    ),
+    _PROMPT,
     click.option(
         "--noise",
         type=click.FloatRange(0, 1, max_open=True),
@@ -509,6 +510,7 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
     ),
     click.option("--tokens", "n_tokens", type=_POSITIVE, default=65536, help="Tokens to score."),
     click.option("--context", type=click.IntRange(min=2), default=512, help="Tokens a sequence."),
+    _PROMPT,
     click.option("--batch-size", type=_POSITIVE, default=8),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
 )

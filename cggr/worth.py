@@ -86,7 +86,7 @@ def effective_fraction(
     return float(square_RM.sum() / noise)
 
 
-def operations(ratio: float, split: str, *, of_all: float = 0.0) -> float:
+def operations(ratio: float, split: str, *, of_all: float = 0.0, scored: bool = True) -> float:
     """Operations of a step at this ratio, as a part of a dense one's.
 
     Where all weights are trained and nothing runs again, a backward pass has twice the operations
@@ -95,15 +95,18 @@ def operations(ratio: float, split: str, *, of_all: float = 0.0) -> float:
     - ``"backward"``: ``(1 + 2 (a + (1 - a) ratio)) / 3``, one forward pass, and a backward pass of
       the drawn tokens but for what has a gradient of all.
     - ``"token"``: ``(1 + 3 ratio) / 3``, another forward pass of the drawn tokens, and their
-      backward pass.
+      backward pass; ``(1 + 2 ratio) / 3`` if nothing is scored, as the products of drawn tokens are
+      made once then.
 
     Args:
-        ratio: Part of the tokens that is drawn, in (0, 1].
+        ratio: Part of the tokens that is drawn, in (0, 1]; of all, with labels or without.
         split: ``"backward"`` or ``"token"``.
         of_all: Part of a forward pass's operations whose backward pass is of all tokens by
             ``"backward"``, in [0, 1): the products of keys and values, and attention. ``cggr
             advise`` finds it for a model; of Llama-2-7B it is 0.23 at 4,096 tokens. By
             ``"token"`` nothing is.
+        scored: Whether tokens are drawn by the model's own scores, and not at random, nor all that
+            have labels.
 
     Returns:
         The part.
@@ -123,7 +126,7 @@ def operations(ratio: float, split: str, *, of_all: float = 0.0) -> float:
     if not 0 <= of_all < 1:
         raise ValueError(f"of_all must be in [0, 1), got {of_all}.")
     if split == "token":
-        return (1 + 3 * ratio) / 3
+        return (1 + (3 if scored else 2) * ratio) / 3
     return (1 + 2 * (of_all + (1 - of_all) * ratio)) / 3
 
 

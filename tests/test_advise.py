@@ -192,6 +192,33 @@ def test_a_model_that_no_split_runs_is_named(name, reason):
     assert [next(iter(x.cells)) for x in table.columns[2:4]] == ["-", "-"]
 
 
+def test_what_follows_a_prompt_alone_is_drawn(book):
+    done = run(book, "trained", "--prompt", "0.75")
+    assert done.exit_code == 0, done.output
+    nll, norm = (values[:, 23:] for values in own_statistics(book, "trained"))
+    _, _, n_tokens, *numbers = LINE.search(done.output).groups()
+    assert n_tokens == f"{nll.size:,}" == "512"
+    expected = [nll.mean(), norm.mean(), norm.std()]
+    assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
+    found = rows(done.output)
+    assert tuple(found) == (*advise.RATIOS, 1.0)
+    for ratio, (_, _, _, worth, part, gain) in found.items():
+        drawn = effective_fraction(norm, ratio, importance=norm + 0.05, scope="sequence")
+        cost = (1 + (3 if ratio < 1 else 2) * ratio / 4) / 3  # of all, none is scored
+        assert [worth, part, gain] == pytest.approx([drawn, cost, drawn / cost], abs=6e-3)
+    assert found[1.0][0] == found[1.0][3] == 1.0
+    assert rows(run(book, "trained").output)[0.5][1] > found[0.5][1]  # fewer rows of a batch
+
+
+def test_all_that_follows_a_prompt_is_the_preset(book):
+    done = run(book, "begun", "--prompt", "0.75")  # which errs on all tokens alike
+    said = " ".join(done.output.split())
+    options = eval(f"dict({re.search(r'by (split=.*), after the warm-up', said)[1]})")
+    options.pop("split")
+    preset = RoutingConfig.preset("completions", max_eligible_ratio=0.25)
+    assert RoutingConfig(**options, warmup_steps=0) == preset
+
+
 def test_errors_of_few_tokens_are_no_advice():
     norm = np.full((10, 1000), 1e-3)
     norm[0, :9] = 1.0
@@ -257,6 +284,7 @@ def test_a_floor_above_all_scores_is_a_uniform_draw(book):
         (("--importance-floor", "nan"), "nan is no number"),
         (("--importance-floor", 0), "Invalid value for '--importance-floor'"),
         (("--scoring", "excess_loss"), "Invalid value for '--scoring'"),
+        (("--prompt", 0.99), "--prompt 0.99: nothing of 32 tokens is left to learn"),
     ],
 )
 def test_bad_input_is_one_line(book, options, message):

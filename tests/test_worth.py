@@ -121,6 +121,8 @@ def test_it_is_the_noise_of_what_the_library_draws(ratio):
 def test_operations_are_the_products_over_those_of_a_dense_step(split, products):
     for k in (1, 10, 100):
         assert operations(k / 100, split) == pytest.approx(products(100, k) / (3 * 100))
+        unscored = operations(k / 100, split, scored=False)
+        assert unscored == pytest.approx((100 + 2 * k) / 300)  # products are made once
 
 
 def test_what_has_a_gradient_of_all_tokens_saves_nothing():
