@@ -1,7 +1,7 @@
 """A model wrapper whose training step runs the backward pass on what is worth learning from.
 
 Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes; ``C`` sequences kept, or slots of each
-sequence for the tokens kept.
+sequence for the tokens kept; ``G`` groups in which tokens are ranked.
 """
 
 from __future__ import annotations
@@ -430,9 +430,9 @@ class CGGRModel(nn.Module):
         scorer, config, (batch, length) = self.scorer, self.config, targets.shape
         chosen, capacity = None, scorer.most_slots(batch, length)
         groups = 1 if config.scope == "batch" else batch
-        if self._synchronises and config.max_eligible_ratio < 1:
-            n_eligible = int(eligible.reshape(groups, -1).sum(dim=1).max()) if batch else 0
-            check_eligible(config, n_eligible, batch * length // groups)
+        if self._synchronises and config.max_eligible_ratio < 1 and eligible.numel():
+            n_eligible_G = eligible.reshape(groups, -1).sum(dim=1)
+            check_eligible(config, int(n_eligible_G.max()), eligible.numel() // groups)
         if not scorer.selects_all:
             chosen = BackwardRows.of_size(groups * capacity, batch * length, targets.device)
         hidden = split.hidden(
