@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,16 @@ def advise_text(
     tokenizer, end_of_text = load_tokenizer(model)
     loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
     check_size(loaded, model, context, max(tokenizer.get_vocab_size(), (end_of_text or 0) + 1))
-    ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
     n_prompt = round(prompt * context)
     if n_prompt == context:
         raise RaceError(f"--prompt {prompt}: nothing of {context} tokens is left to learn")
+    ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
+    n_left = len(ids_RS) * (context - n_prompt)
+    if n_left < LEAST_TOKENS:
+        raise RaceError(
+            f"--text: {n_left} tokens in windows of {context} behind prompts of {n_prompt}; "
+            f"{LEAST_TOKENS} at least tell something"
+        )
     labelled = (context - n_prompt) / context
     config = RoutingConfig(
         scoring=scoring, importance_floor=importance_floor, max_eligible_ratio=labelled
@@ -219,11 +226,6 @@ def _windows(
             break
     ids = np.concatenate(parts)[:wanted]
     ids = ids[: len(ids) // context * context]
-    if len(ids) < LEAST_TOKENS:
-        raise RaceError(
-            f"--text: {len(ids)} tokens in windows of {context}; {LEAST_TOKENS} at least tell "
-            f"something"
-        )
     return ids.reshape(-1, context).astype(np.int64)
 
 
@@ -284,7 +286,9 @@ def _verdict(
     square_RM = norm_RM**2
     # As many equal ones would be drawn as unevenly.
     n_wrong = square_RM.sum() ** 2 / max((square_RM**2).sum(), 1e-300)
-    if n_wrong < LEAST_WRONG:
+    if n_wrong < LEAST_WRONG and config.max_eligible_ratio < 1:
+        advice = advice[-1:]  # all that have labels, which is worth the same whatever the errors
+    elif n_wrong < LEAST_WRONG:
         return (
             f"No advice: {n_wrong:,.0f} of these tokens have nearly all of the error. Ask for more "
             f"--tokens; and see whether what is left can be learned at all."
@@ -314,10 +318,19 @@ def _verdict(
         options["selection"] = "random"  # of which all is selected, and nothing scored
     options["dynamic_threshold"] = False
     if config.max_eligible_ratio < 1:
-        options["max_eligible_ratio"] = config.max_eligible_ratio
-    return (
+        options["max_eligible_ratio"] = math.ceil(1e4 * config.max_eligible_ratio) / 1e4
+    said = (
         f"Predicted: about {gain:.2f} times what dense training learns per operation, by "
         + ", ".join(f"{name}={value!r}" for name, value in options.items())
-        + ", after the warm-up. Tokens that nobody can learn would be drawn, too: if the text is "
-        "noisy, see excess_loss. A race tells the time."
+        + ", after the warm-up. "
+    )
+    if best.ratio == 1:
+        return said + (
+            "Steps are not operations alone, and lack what prompts' own layers would learn: expect "
+            "less. Of completions of many lengths, max_eligible_ratio is the longest one's part. A "
+            "race tells the time."
+        )
+    return said + (
+        "Tokens that nobody can learn would be drawn, too: if the text is noisy, see excess_loss. "
+        "A race tells the time."
     )

@@ -106,7 +106,7 @@ def operations(ratio: float, split: str, *, of_all: float = 0.0, scored: bool = 
             advise`` finds it for a model; of Llama-2-7B it is 0.23 at 4,096 tokens. By
             ``"token"`` nothing is.
         scored: Whether tokens are drawn by the model's own scores, and not at random, nor all that
-            have labels.
+            have labels. By ``"backward"``, whose forward pass scores, it takes as many.
 
     Returns:
         The part.

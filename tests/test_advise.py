@@ -193,30 +193,43 @@ def test_a_model_that_no_split_runs_is_named(name, reason):
 
 
 def test_what_follows_a_prompt_alone_is_drawn(book):
-    done = run(book, "trained", "--prompt", "0.75")
+    done = run(book, "trained", "--prompt", "0.5")
     assert done.exit_code == 0, done.output
-    nll, norm = (values[:, 23:] for values in own_statistics(book, "trained"))
+    nll, norm = (values[:, 15:] for values in own_statistics(book, "trained"))
     _, _, n_tokens, *numbers = LINE.search(done.output).groups()
-    assert n_tokens == f"{nll.size:,}" == "512"
+    assert n_tokens == f"{nll.size:,}" == "1,024"
     expected = [nll.mean(), norm.mean(), norm.std()]
     assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
     found = rows(done.output)
     assert tuple(found) == (*advise.RATIOS, 1.0)
     for ratio, (_, _, _, worth, part, gain) in found.items():
         drawn = effective_fraction(norm, ratio, importance=norm + 0.05, scope="sequence")
-        cost = (1 + (3 if ratio < 1 else 2) * ratio / 4) / 3  # of all, none is scored
+        cost = (1 + (3 if ratio < 1 else 2) * ratio / 2) / 3  # of all, none is scored
         assert [worth, part, gain] == pytest.approx([drawn, cost, drawn / cost], abs=6e-3)
     assert found[1.0][0] == found[1.0][3] == 1.0
     assert rows(run(book, "trained").output)[0.5][1] > found[0.5][1]  # fewer rows of a batch
 
 
 def test_all_that_follows_a_prompt_is_the_preset(book):
-    done = run(book, "begun", "--prompt", "0.75")  # which errs on all tokens alike
+    # Of a model that errs on all tokens alike; 11 of 32 is no short number.
+    done = run(book, "begun", "--prompt", str(21 / 32), "--tokens", "4096")
     said = " ".join(done.output.split())
     options = eval(f"dict({re.search(r'by (split=.*), after the warm-up', said)[1]})")
     options.pop("split")
-    preset = RoutingConfig.preset("completions", max_eligible_ratio=0.25)
+    preset = RoutingConfig.preset("completions", max_eligible_ratio=0.3438)
     assert RoutingConfig(**options, warmup_steps=0) == preset
+    assert preset.capacity(0, 1, 32) == 12  # enough for the 11
+
+
+def test_of_few_errors_all_that_follows_a_prompt_is_advised():
+    norm = np.full((10, 1000), 1e-3)
+    norm[0, :9] = 1.0
+    costs = {"token": lambda ratio: operations(ratio / 4, "token", scored=ratio < 1)}
+    config = RoutingConfig(max_eligible_ratio=0.25)
+    advice = advise._advice(norm, norm + 0.05, costs, (*advise.RATIOS, 1.0))
+    said = advise._verdict(advice, norm, config, costs)
+    assert said.startswith("Predicted: about 2.00 times")
+    assert "min_tokens_ratio=1.0" in said
 
 
 def test_errors_of_few_tokens_are_no_advice():
@@ -280,7 +293,8 @@ def test_a_floor_above_all_scores_is_a_uniform_draw(book):
     ("options", "message"),
     [
         (("--context", 33), "--context 33 is more than its 32 positions"),
-        (("--tokens", 900), "tokens in windows of 32; 1000 at least tell something"),
+        (("--tokens", 900), "tokens in windows of 32 behind prompts of 0; 1000 at least tell"),
+        (("--prompt", 0.75), "512 tokens in windows of 32 behind prompts of 24; 1000 at least"),
         (("--importance-floor", "nan"), "nan is no number"),
         (("--importance-floor", 0), "Invalid value for '--importance-floor'"),
         (("--scoring", "excess_loss"), "Invalid value for '--scoring'"),

@@ -9,6 +9,7 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -127,6 +128,7 @@ def test_shorter_races_are_as_the_results_have_them(tables, budget, name):
 def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
     losses = {"a": [1.0, 2.0], "b": [1.1, 1.9], "c": [0.9, 1.8]}
     monkeypatch.setattr(tables, "_ends", lambda way: losses[way.lane])
+    monkeypatch.setattr(tables, "_best", lambda way: [SimpleNamespace(peak_memory=3 * 2**29)])
     a, b, c = (tables.Way("race", lane) for lane in "abc")
     assert tables._summary_row(tables.Setting("x", a, b)) == (
         "| x | 1.500 (1.00 to 2.00) | 1.500 (1.10 to 1.90) |  |"
@@ -135,6 +137,8 @@ def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
         "| x | 1.500 (1.00 to 2.00) | **1.350** (0.90 to 1.80) | 1.500 (1.10 to 1.90) |"
     )
     assert tables._summary_row(tables.Setting("x", c, a)).startswith("| x | **1.350** (")
+    sized = tables.Way("race", "a", "in {gib:.1f} GiB")
+    assert "(1.00 to 2.00) in 1.5 GiB |" in tables._summary_row(tables.Setting("x", sized, b))
 
 
 def test_there_are_no_tables_of_what_is_not_there(tables, capsys, monkeypatch):
@@ -167,6 +171,8 @@ def test_a_table_has_each_lane_at_its_best_rate(tables):
         run("fast", 0, 0.2, 2.0),
         run("fast", 1, 0.2, 1.0, complete=False),
         run("fast", 0, 0.4, None),  # it diverged
+        run("begun", 0, 0.1, 1.0, complete=False),
+        run("begun", 1, 0.1, 1.0),
     ]
     lines = tables.table({"runs": runs})
     assert lines[2:] == [

@@ -192,20 +192,29 @@ def test_completions_have_their_dense_loss_in_slots_for_them_alone(scope, capaci
     assert wrapped(ids, labels=labels).item() == pytest.approx(dense.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("split", ["backward", "token"])
-def test_more_completions_than_the_options_say_are_refused(split):
-    options = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 0.25, "scope": "sequence"}
-    wrapped = RoutedModel(models.build("llama"), split=split, **options, **OFF)
+@pytest.mark.parametrize(
+    ("split", "scope", "found"),
+    [
+        ("backward", "batch", ("batch", "13 of 48")),
+        ("backward", "sequence", ("sequence", "4 of 12")),
+        ("token", "sequence", ("sequence", "4 of 12")),
+    ],
+)
+def test_more_completions_than_the_options_say_are_refused(split, scope, found):
+    options = {"min_tokens_ratio": 0.5, "max_eligible_ratio": 0.25, "scope": scope}
+    model = models.build("llama")
+    wrapped, twin = (RoutedModel(model, split=split, **options, **OFF) for _ in range(2))
     ids = models.token_ids(4, 12)
     labels = completions(ids, n_prompt=9)
-    wrapped(ids, labels=labels).backward()
-    labels[2, 8] = ids[2, 8]  # one completion is longer
+    too_many = labels.clone()
+    too_many[2, 8] = ids[2, 8]  # one completion is longer
     message = (
-        "max_eligible_ratio is 0.25, but 4 of the 12 tokens of a sequence are eligible: give "
-        "0.3334 or more."
+        f"max_eligible_ratio must be the largest part of a {found[0]}'s tokens that are eligible, "
+        f"got 0.25, where {found[1]} are; without labels, all are."
     )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        wrapped(ids, labels=labels)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        wrapped(ids, labels=too_many)
+    assert torch.equal(wrapped(ids, labels=labels), twin(ids, labels=labels))  # nothing was drawn
 
 
 def test_more_completions_than_there_are_slots_for_are_drawn(selections):

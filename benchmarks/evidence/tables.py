@@ -69,8 +69,8 @@ SUMMARY = (
     ),
     Setting(
         "(d) the same in 12 GiB, 20 s",
-        Way("completions", "dense", "in 9.3 GiB"),
-        Way("memory", "token completions in 2 parts", '`split="token"`, in 6.6 GiB'),
+        Way("completions", "dense", "of a batch of 16, in {gib:.1f} GiB"),
+        Way("memory", "token completions in 2 parts", '`split="token"`, of 32, in {gib:.1f} GiB'),
     ),
     Setting(
         "(c) from scratch, 30 % of the lines noise, 97 M, 20 s",
@@ -130,7 +130,8 @@ def runs_of(results: Mapping[str, Any]) -> dict[str, list[Run]]:
         )
         if run.complete:
             lanes.setdefault(run.lane, []).append(run)
-    return lanes
+    # The rate is chosen by the first seed.
+    return {name: runs for name, runs in lanes.items() if any(run.seed == 0 for run in runs)}
 
 
 def at_best_rate(runs: Sequence[Run]) -> list[Run]:
@@ -186,20 +187,30 @@ def _summary_row(setting: Setting) -> str:
         is_ahead = way in (setting.dense, setting.cggr) and all(
             own < loss for own, loss in zip(ends[way], other, strict=True)
         )
-        cells.append("" if way is None else _summary_cell(way, ends[way], bold=is_ahead))
+        if way is None:
+            cells.append("")
+        else:
+            gib = max(run.peak_memory or 0 for run in _best(way)) / 2**30
+            words = way.words.format(gib=gib)
+            cells.append(_summary_cell(words, ends[way], bold=is_ahead))
     return f"| {' | '.join(cells)} |"
 
 
 def _ends(way: Way) -> list[float]:
     """Final losses of all seeds."""
+    return [run.curve[-1].loss for run in _best(way)]
+
+
+def _best(way: Way) -> list[Run]:
+    """Its runs, in the order of seeds."""
     runs = at_best_rate(runs_of(results_of(way.race))[way.lane])
-    return [run.curve[-1].loss for run in runs]
+    return sorted(runs, key=lambda run: run.seed)
 
 
-def _summary_cell(way: Way, losses: Sequence[float], *, bold: bool) -> str:
+def _summary_cell(words: str, losses: Sequence[float], *, bold: bool) -> str:
     mean = f"{sum(losses) / len(losses):.3f}"
     spread = f"({min(losses):.2f} to {max(losses):.2f})" if len(losses) > 1 else "(one seed)"
-    return " ".join(filter(None, (f"**{mean}**" if bold else mean, spread, way.words)))
+    return " ".join(filter(None, (f"**{mean}**" if bold else mean, spread, words)))
 
 
 def main() -> None:

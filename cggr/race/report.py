@@ -178,18 +178,18 @@ def earlier_runs(
     now: dict[str, Any] = settings.to_json()
     had = {run["lane"] for run in found["runs"] if run["complete"]}
     for name in settings.lanes:  # one without a table is out of LANES
-        table, here = (values["tables"].get(name, "no table") for values in (before, now))
+        table, here = (values.get("tables", {}).get(name, "no table") for values in (before, now))
         if name in had and table != here:
             raise RaceError(f"--resume: lane {name} was {table}, not {here}")
     if missing := sorted(had - set(settings.lanes)):
         raise RaceError(f"--resume: lane {missing[0]} has raced, whose results would be lost")
-    if missing := sorted(set(before["learning_rates"]) - set(settings.learning_rates)):
+    if missing := sorted(set(before.get("learning_rates", ())) - set(settings.learning_rates)):
         raise RaceError(f"--resume: the learning rate {missing[0]:g} has raced and is left out now")
     if settings.save in had and settings.save != before["save"]:
         raise RaceError(f"--resume: lane {settings.save} has raced without --save {settings.save}")
     for option in _MAY_DIFFER:
         before.pop(option, None), now.pop(option, None)
-    before |= {"text": found["text"]["sha256"], "weights of": found.get("models_sha256")}
+    before |= {"text": found["text"]["sha256"], "weights of": found.get("models_sha256") or {}}
     now |= {"text": digest, "weights of": models}
     for values, of in ((before, found), (now, environment)):
         values |= {"gpu": of["machine"]["gpu"], "versions": of["versions"]}

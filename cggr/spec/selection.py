@@ -189,9 +189,9 @@ def check_eligible(config: RoutingConfig, n_eligible: int, size: int) -> None:
     if n_eligible > config.most_eligible(size):
         where = "batch" if config.scope == "batch" else "sequence"
         raise ValueError(
-            f"max_eligible_ratio is {config.max_eligible_ratio:g}, but {n_eligible} of the {size} "
-            f"tokens of a {where} are eligible: give {math.ceil(1e4 * n_eligible / size) / 1e4:g} "
-            f"or more."
+            f"max_eligible_ratio must be the largest part of a {where}'s tokens that are eligible, "
+            f"got {config.max_eligible_ratio}, where {n_eligible} of {size} are; without labels, "
+            f"all are."
         )
 
 

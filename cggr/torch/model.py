@@ -278,6 +278,7 @@ class CGGRModel(nn.Module):
             if not self.training:
                 total, rows = self._every_token_sum(split, model_inputs, targets)
             else:
+                self._check_eligible(eligible)
                 select = self._token_sum if self.split == "token" else self._backward_sum
                 total, rows = select(split, model_inputs, targets, eligible, reference_nll)
         elif not self.training:
@@ -347,6 +348,15 @@ class CGGRModel(nn.Module):
     def _needs_no_score(self) -> bool:
         # The control needs no score, so it does not pay for one.
         return self.config.selection == "random" and not self.config.adaptive
+
+    def _check_eligible(self, eligible: Tensor) -> None:
+        """Before anything has run or been drawn."""
+        rule = self._rule
+        if not self._synchronises or rule.max_eligible_ratio == 1 or not eligible.numel():
+            return
+        groups = 1 if rule.scope == "batch" else eligible.shape[0]
+        n_eligible_G = eligible.reshape(groups, -1).sum(dim=1)
+        check_eligible(rule, int(n_eligible_G.max()), eligible.numel() // groups)
 
     def _checked(self, split: TokenSplit, targets: Tensor) -> Tensor:
         return checked_targets(
@@ -429,11 +439,8 @@ class CGGRModel(nn.Module):
         """``Σ w nll`` over the tokens to train on, of a forward pass of all."""
         scorer, config, (batch, length) = self.scorer, self.config, targets.shape
         chosen, capacity = None, scorer.most_slots(batch, length)
-        groups = 1 if config.scope == "batch" else batch
-        if self._synchronises and config.max_eligible_ratio < 1 and eligible.numel():
-            n_eligible_G = eligible.reshape(groups, -1).sum(dim=1)
-            check_eligible(config, int(n_eligible_G.max()), eligible.numel() // groups)
         if not scorer.selects_all:
+            groups = 1 if config.scope == "batch" else batch
             chosen = BackwardRows.of_size(groups * capacity, batch * length, targets.device)
         hidden = split.hidden(
             model_inputs,
