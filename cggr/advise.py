@@ -19,7 +19,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from cggr.race.pretrained import load_tokenizer
-from cggr.race.settings import RaceError
+from cggr.race.settings import RaceError, prompt_tokens
 from cggr.race.text import Document, read_documents, source_name
 from cggr.race.tokens import encode
 from cggr.race.torch_lanes import find_device, load_folder
@@ -83,9 +83,7 @@ def advise_text(
     tokenizer, end_of_text = load_tokenizer(model)
     loaded = load_folder(model, torch.float32).to(find_device(device)).eval()
     check_size(loaded, model, context, max(tokenizer.get_vocab_size(), (end_of_text or 0) + 1))
-    n_prompt = round(prompt * context)
-    if n_prompt == context:
-        raise RaceError(f"--prompt {prompt}: nothing of {context} tokens is left to learn")
+    n_prompt = prompt_tokens(prompt, context)
     ids_RS = _windows(documents, tokenizer, end_of_text, n_tokens, context)
     n_left = len(ids_RS) * (context - n_prompt)
     if n_left < LEAST_TOKENS:

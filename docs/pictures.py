@@ -139,15 +139,15 @@ def evidence() -> Figure:
     tables = _tables()
     figure = Figure(figsize=(9, 7), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(3, 2).flat, RESULTS, strict=True):
-        lanes = tables.runs_of(tables.results_of(name))
-        best = {lane: tables.at_best_rate(runs) for lane, runs in lanes.items()}
-        order = sorted(best, key=lambda lane: -tables.mean_loss(best[lane]))
+        raced = tables.lanes_of(tables.results_of(name))
+        best = {lane: found.best for lane, found in raced.items()}
+        order = sorted(best, key=lambda lane: -best[lane].loss)
         for place, lane in enumerate(order):
             color = HARD if lane.startswith("dense") else CHOSEN
             color = "#808080" if "random" in lane else color
-            losses = [run.curve[-1].loss for run in best[lane]]
+            losses = best[lane].final("loss")
             axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
-            axes.plot(tables.mean_loss(best[lane]), place, "|", color=color, ms=16, mew=2)
+            axes.plot(best[lane].loss, place, "|", color=color, ms=16, mew=2)
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set_ylim(-0.5, len(order) - 0.5)
         axes.set_title(title, loc="left", fontsize=10)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from cggr.cli import main
+from cggr.race.summary import LaneSummary
 from cggr.torch import CGGRModel
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
@@ -118,17 +119,20 @@ def test_the_summary_in_the_readme_is_that_of_the_results(tables, capsys, monkey
     ("budget", "name"), [("16 s", "completions-16s"), ("12 s", "completions-12s")]
 )
 def test_shorter_races_are_as_the_results_have_them(tables, budget, name):
-    (runs,) = tables.runs_of(tables.results_of(name)).values()
-    best = tables.at_best_rate(runs)
-    seeds = " ".join(f"{run.curve[-1].loss:.3f}" for run in best)
-    row = f"| {budget} | {tables.mean_loss(best):.3f} | {seeds} | |"
+    (raced,) = tables.lanes_of(tables.results_of(name)).values()
+    seeds = " ".join(f"{loss:.3f}" for loss in raced.best.final("loss"))
+    row = f"| {budget} | {raced.best.loss:.3f} | {seeds} | |"
     assert row in (EVIDENCE.parents[1] / "docs" / "evidence.md").read_text()
 
 
 def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
     losses = {"a": [1.0, 2.0], "b": [1.1, 1.9], "c": [0.9, 1.8]}
-    monkeypatch.setattr(tables, "_ends", lambda way: losses[way.lane])
-    monkeypatch.setattr(tables, "_best", lambda way: [SimpleNamespace(peak_memory=3 * 2**29)])
+
+    def best(way):
+        curves = tuple((SimpleNamespace(loss=loss),) for loss in losses[way.lane])
+        return LaneSummary(way.lane, curves, 3 * 2**29)
+
+    monkeypatch.setattr(tables, "_best", best)
     a, b, c = (tables.Way("race", lane) for lane in "abc")
     assert tables._summary_row(tables.Setting("x", a, b)) == (
         "| x | 1.500 (1.00 to 2.00) | 1.500 (1.10 to 1.90) |  |"

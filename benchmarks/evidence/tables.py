@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cggr.race.engine import Evaluation, Run, best_rate
+from cggr.race.engine import Run, best_rate
+from cggr.race.report import complete_runs
+from cggr.race.summary import LaneSummary, rank, summarize
 
 COLUMNS = (
     "lane",
@@ -29,7 +30,6 @@ COLUMNS = (
     "of each seed",
     "other rates",
 )
-TOKENS = ("tokens_seen", "tokens_trained")
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
 
 
@@ -111,65 +111,58 @@ def results_of(name: str) -> dict[str, Any]:
     return results
 
 
-def runs_of(results: Mapping[str, Any]) -> dict[str, list[Run]]:
-    """Runs that came to their end, by lane."""
-    lanes: dict[str, list[Run]] = {}
-    for entry in results["runs"]:
-        curve = [
-            Evaluation(**{key: point[key] for key in ("seconds", "steps", *TOKENS)}, loss=loss)
-            for point in entry["curve"]
-            for loss in [math.nan if point["loss"] is None else point["loss"]]
-        ]
-        run = Run(
-            entry["lane"],
-            entry["seed"],
-            entry["learning_rate"],
-            peak_memory=entry["peak_memory"],
-            complete=entry["complete"],
-            curve=curve,
-        )
-        if run.complete:
-            lanes.setdefault(run.lane, []).append(run)
-    # The rate is chosen by the first seed.
-    return {name: runs for name, runs in lanes.items() if any(run.seed == 0 for run in runs)}
+class Raced(NamedTuple):
+    """A lane's runs that came to their end.
+
+    Attributes:
+        best: Those at the rate that was best of the first seed.
+        rate: It.
+        others: At other rates.
+    """
+
+    best: LaneSummary
+    rate: float
+    others: list[Run]
 
 
-def at_best_rate(runs: Sequence[Run]) -> list[Run]:
-    """A lane's runs of all seeds, at the rate that was best of the first."""
-    rate = best_rate([run for run in runs if run.seed == 0])
-    return [run for run in runs if run.learning_rate == rate]
-
-
-def mean_loss(runs: Sequence[Run]) -> float:
-    """Of the final losses."""
-    return sum(run.curve[-1].loss for run in runs) / len(runs)
+def lanes_of(results: Mapping[str, Any]) -> dict[str, Raced]:
+    """Lanes whose first seed came to its end, each with the seeds that it has."""
+    found = {}
+    runs = complete_runs(results)
+    for lane in dict.fromkeys(run.lane for run in runs):
+        own = [run for run in runs if run.lane == lane]
+        if first := [run for run in own if run.seed == 0]:
+            rate = best_rate(first)
+            (best,) = summarize([run for run in own if run.learning_rate == rate])
+            found[lane] = Raced(best, rate, [run for run in own if run.learning_rate != rate])
+    return found
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown, the lane of the lowest loss first."""
-    lanes = runs_of(results)
-    order = sorted(lanes, key=lambda name: mean_loss(at_best_rate(lanes[name])))
+    lanes = sorted(lanes_of(results).values(), key=lambda raced: rank(raced.best))
     line = "| " + " | ".join(["---"] * len(COLUMNS)) + " |"
-    return [f"| {' | '.join(COLUMNS)} |", line, *(_row(name, lanes[name]) for name in order)]
+    return [f"| {' | '.join(COLUMNS)} |", line, *map(_row, lanes)]
 
 
-def _row(name: str, runs: Sequence[Run]) -> str:
-    best = at_best_rate(runs)
-    ends = [run.curve[-1] for run in best]
-    steps = round(sum(end.steps for end in ends) / len(ends))
-    milliseconds = 1000 * sum(end.seconds for end in ends) / sum(end.steps for end in ends)
-    others = [run for run in runs if run not in best]
+def _row(raced: Raced) -> str:
+    best = raced.best
+    steps = best.final("steps")
     cells = (
-        name,
-        f"{milliseconds:.1f}",
-        f"{steps:,}",
-        f"{max(run.peak_memory or 0 for run in best) / 2**30:.1f}",
-        f"{best[0].learning_rate:g}",
-        f"{mean_loss(best):.3f}",
-        " ".join(f"{end.loss:.3f}" for end in ends),
-        " ".join(f"{run.learning_rate:g}: {run.curve[-1].loss:.3f}" for run in others),
+        best.lane,
+        f"{1000 * best.final('seconds').sum() / steps.sum():.1f}",
+        f"{steps.mean():,.0f}",
+        f"{_gib(best):.1f}",
+        f"{raced.rate:g}",
+        f"{best.loss:.3f}",
+        " ".join(f"{loss:.3f}" for loss in best.final("loss")),
+        " ".join(f"{run.learning_rate:g}: {run.curve[-1].loss:.3f}" for run in raced.others),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _gib(lane: LaneSummary) -> float:
+    return (lane.peak_memory or 0) / 2**30
 
 
 def summary() -> list[str]:
@@ -179,37 +172,25 @@ def summary() -> list[str]:
 
 
 def _summary_row(setting: Setting) -> str:
-    ends = {way: _ends(way) for way in setting[1:] if way is not None}
-    dense, cggr = ends[setting.dense], ends[setting.cggr]
-    cells = [setting.words]
-    for way in setting[1:]:
-        other = cggr if way == setting.dense else dense
-        is_ahead = way in (setting.dense, setting.cggr) and all(
-            own < loss for own, loss in zip(ends[way], other, strict=True)
-        )
-        if way is None:
-            cells.append("")
-        else:
-            gib = max(run.peak_memory or 0 for run in _best(way)) / 2**30
-            words = way.words.format(gib=gib)
-            cells.append(_summary_cell(words, ends[way], bold=is_ahead))
+    dense, cggr = _best(setting.dense), _best(setting.cggr)
+    ahead = dense.final("loss") - cggr.final("loss")
+    cells = [
+        setting.words,
+        _summary_cell(setting.dense, dense, bold=bool((ahead < 0).all())),
+        _summary_cell(setting.cggr, cggr, bold=bool((ahead > 0).all())),
+        "" if setting.random is None else _summary_cell(setting.random, _best(setting.random)),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
-def _ends(way: Way) -> list[float]:
-    """Final losses of all seeds."""
-    return [run.curve[-1].loss for run in _best(way)]
+def _best(way: Way) -> LaneSummary:
+    return lanes_of(results_of(way.race))[way.lane].best
 
 
-def _best(way: Way) -> list[Run]:
-    """Its runs, in the order of seeds."""
-    runs = at_best_rate(runs_of(results_of(way.race))[way.lane])
-    return sorted(runs, key=lambda run: run.seed)
-
-
-def _summary_cell(words: str, losses: Sequence[float], *, bold: bool) -> str:
-    mean = f"{sum(losses) / len(losses):.3f}"
-    spread = f"({min(losses):.2f} to {max(losses):.2f})" if len(losses) > 1 else "(one seed)"
+def _summary_cell(way: Way, lane: LaneSummary, *, bold: bool = False) -> str:
+    mean, losses = f"{lane.loss:.3f}", lane.final("loss")
+    spread = f"({losses.min():.2f} to {losses.max():.2f})" if len(losses) > 1 else "(one seed)"
+    words = way.words.format(gib=_gib(lane))
     return " ".join(filter(None, (f"**{mean}**" if bold else mean, spread, words)))
 
 

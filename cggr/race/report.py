@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,11 @@ def earlier_runs(
             raise RaceError(
                 f"--resume: {file} is of a race with {option} {before.get(option)!r}, not {value!r}"
             )
+    return complete_runs(found)
+
+
+def complete_runs(found: Mapping[str, Any]) -> list[Run]:
+    """The runs of a results.json that came to their end; a loss that is null is not a number."""
     return [
         Run(
             lane=run["lane"],

@@ -81,6 +81,18 @@ class Budget:
         return f"{self.amount:g}s" if self.unit == "seconds" else f"{self.amount:.0f}steps"
 
 
+def prompt_tokens(prompt: float, length: int) -> int:
+    """How many of a sequence's tokens are a prompt, which is this part of them.
+
+    Raises:
+        RaceError: All are.
+    """
+    n_prompt = round(prompt * length)
+    if n_prompt == length:
+        raise RaceError(f"--prompt {prompt}: nothing of {length} tokens is left to learn")
+    return n_prompt
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaneSettings:
     """One way of training, as a table ``[lanes.NAME]`` of a configuration has it.
@@ -284,10 +296,7 @@ class RaceSettings:
                 raise RaceError(
                     f"--{option} must be at least 0 and less than 1, got {getattr(self, option)}"
                 )
-        if self.prompt_tokens == self.sequence_length:
-            raise RaceError(
-                f"--prompt {self.prompt}: nothing of {self.sequence_length} tokens is left to learn"
-            )
+        prompt_tokens(self.prompt, self.sequence_length)
         if self.save is not None and self.save not in self.lanes:
             raise RaceError(f"--save must be one of the lanes, got {self.save!r}")
         for option in ("compiled", "reference", "memory", "save"):
@@ -353,7 +362,7 @@ class RaceSettings:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of every sequence without labels."""
-        return round(self.prompt * self.sequence_length)
+        return prompt_tokens(self.prompt, self.sequence_length)
 
     @property
     def targets_per_sequence(self) -> int:

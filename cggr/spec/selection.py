@@ -111,6 +111,8 @@ def select_tokens(
     difficulty, eligible = _checked(difficulty, eligible, confidence, xp)
     if isinstance(step, int) and step < 0:
         raise ValueError(f"step must not be negative, got {step}.")
+    if capacity is None:
+        check_eligible(eligible, config, xp=xp)
     step = _as_word(step, difficulty, xp)
     ratio = schedule.token_ratio(config, step, confidence, eligible, xp=xp)
     return select_at_ratio(
@@ -174,8 +176,6 @@ def select_at_ratio(
 
     mask_RM = rank_RM < k_R[:, None]
     if capacity is None:
-        if groups and config.max_eligible_ratio < 1:
-            check_eligible(config, int(xp.max(n_R)), size)
         capacity = int(xp.max(k_R)) if groups else 0
     indices_RC, weights_RC = _slots(mask_RM, weights_RM, k_R, capacity, xp)
     mask = xp.reshape(mask_RM, shape)
@@ -184,8 +184,16 @@ def select_at_ratio(
     return Selection(mask, indices_RC[0, :], weights_RC[0, :], k_R[0, ...], ratio)
 
 
-def check_eligible(config: RoutingConfig, n_eligible: int, size: int) -> None:
-    """Refuse more eligible tokens, of `size` in a group, than the options say that there may be."""
+def check_eligible(eligible: Any, config: RoutingConfig, *, xp: Any) -> None:
+    """Refuse more eligible tokens than the options say that there may be; synchronises then."""
+    n_tokens = math.prod(eligible.shape)
+    if config.max_eligible_ratio == 1 or not n_tokens:
+        return
+    is_row = config.scope == "sequence" and len(eligible.shape) == 2
+    groups = eligible.shape[0] if is_row else 1
+    size = n_tokens // groups
+    of_group_RM = xp.reshape(xp.astype(eligible, xp.int32), (groups, size))
+    n_eligible = int(xp.max(_sum(of_group_RM, xp)))
     if n_eligible > config.most_eligible(size):
         where = "batch" if config.scope == "batch" else "sequence"
         raise ValueError(

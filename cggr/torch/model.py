@@ -1,7 +1,7 @@
 """A model wrapper whose training step runs the backward pass on what is worth learning from.
 
 Shapes: ``B`` sequences of ``S`` tokens, ``V`` classes; ``C`` sequences kept, or slots of each
-sequence for the tokens kept; ``G`` groups in which tokens are ranked.
+sequence for the tokens kept.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ class CGGRModel(nn.Module):
             if not self.training:
                 total, rows = self._every_token_sum(split, model_inputs, targets)
             else:
-                self._check_eligible(eligible)
+                if self._synchronises:  # before anything has run or been drawn
+                    check_eligible(eligible, self._rule, xp=xp)
                 select = self._token_sum if self.split == "token" else self._backward_sum
                 total, rows = select(split, model_inputs, targets, eligible, reference_nll)
         elif not self.training:
@@ -348,15 +349,6 @@ class CGGRModel(nn.Module):
     def _needs_no_score(self) -> bool:
         # The control needs no score, so it does not pay for one.
         return self.config.selection == "random" and not self.config.adaptive
-
-    def _check_eligible(self, eligible: Tensor) -> None:
-        """Before anything has run or been drawn."""
-        rule = self._rule
-        if not self._synchronises or rule.max_eligible_ratio == 1 or not eligible.numel():
-            return
-        groups = 1 if rule.scope == "batch" else eligible.shape[0]
-        n_eligible_G = eligible.reshape(groups, -1).sum(dim=1)
-        check_eligible(rule, int(n_eligible_G.max()), eligible.numel() // groups)
 
     def _checked(self, split: TokenSplit, targets: Tensor) -> Tensor:
         return checked_targets(
