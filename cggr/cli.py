@@ -260,6 +260,11 @@ _PROMPT = click.option(
     ),
     _PROMPT,
     click.option(
+        "--pairs",
+        is_flag=True,
+        help='The text is JSON lines of "prompt" and "completion"; completions have labels.',
+    ),
+    click.option(
         "--noise",
         type=click.FloatRange(0, 1, max_open=True),
         default=0.0,

@@ -442,9 +442,7 @@ def final_loss(folder, corpus, **options):
     """Of a saved model, on the held-out text."""
     settings = RaceSettings(budget=Budget(1, "steps"), lanes=("dense",), **options)
     model = torch_lanes.load_folder(folder, torch.float32)
-    return torch_lanes.TorchLane(
-        settings.lane("dense"), model, settings, corpus.heldout, 0
-    ).evaluate()
+    return torch_lanes.TorchLane(settings.lane("dense"), model, settings, corpus, 0).evaluate()
 
 
 def test_a_saved_model_is_the_best_of_its_lane_and_races_on(book, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """From files to batches: what is trained on, what is held out, and that no text is in both."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -233,6 +235,95 @@ def test_prompts_have_no_labels():
     assert np.array_equal(plain.labels, plain.ids)
     assert (batch.labels[:, :12] == tokens.IGNORED).all()
     assert np.array_equal(batch.labels[:, 12:], batch.ids[:, 12:])
+
+
+PAIRS = [("2 + 3 =", " 5"), ("", "!"), ("naïve", " é\n")]
+
+
+def test_of_pairs_completions_are_learned_and_the_ends_behind_them():
+    tokenizer = tokens.train_tokenizer(["".join(pair) for pair in PAIRS], 300)
+    ids, labels = tokens.encode_pairs(tokenizer, PAIRS, 7)
+    plain, none = tokens.encode_pairs(tokenizer, PAIRS, None)
+    wanted, learned = [], []
+    for pair in PAIRS:
+        prompt, completion = (tokenizer.encode(text).ids for text in pair)
+        wanted += [7, *prompt, *completion]
+        learned += [bool(learned)] + [False] * len(prompt) + [True] * len(completion)
+    assert ids.tolist() == wanted
+    assert labels.tolist() == np.where(learned, wanted, tokens.IGNORED).tolist()
+    kept = ids != 7
+    assert plain.tolist() == ids[kept].tolist()
+    assert none.tolist() == labels[kept].tolist()
+
+
+def test_pairs_are_prepared_once(tmp_path, monkeypatch):
+    lines = [json.dumps({"prompt": f"say {i}:", "completion": f" {i}"}) for i in range(40)]
+    training = text.Document("a.jsonl", "\n\n".join(lines[:30]))
+    heldout = text.Document("b.jsonl", "\n".join(lines[30:]))
+    split = text.Split((training,), (heldout,), "0" * 64, ())
+    first = tokens.prepare(split, vocab_size=300, pairs=True, cache=tmp_path)
+    raw = tokens.prepare(split, vocab_size=300, cache=tmp_path)
+    assert raw.training_labels is None
+    assert len(raw.training) > len(first.training)
+    monkeypatch.setattr(tokens, "encode_pairs", None)
+    again = tokens.prepare(split, vocab_size=300, pairs=True, cache=tmp_path)
+    decode = Tokenizer.from_str(first.tokenizer).decode
+    for found in (first, again):
+        for ids, labels, start, stop in (
+            (found.training, found.training_labels, 0, 30),
+            (found.heldout, found.heldout_labels, 30, 40),
+        ):
+            assert ids.shape == labels.shape
+            learned = labels[labels != tokens.IGNORED].tolist()
+            assert decode(learned) == "".join(f" {i}" for i in range(start, stop))
+            assert decode(ids.tolist()).startswith(f"say {start}: {start}say")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"prompt": "a"}',
+        '{"prompt": 1, "completion": "a"}',
+        '{"prompt": "a", "completion": ""}',
+    ],
+)
+def test_a_line_that_is_no_pair_is_named(line):
+    good = '{"prompt": "a", "completion": "b"}'
+    document = text.Document("x.jsonl", f"{good}\n\n{line}\n")
+    found = text.pairs_of([document])
+    assert next(found) == ("a", "b")
+    with pytest.raises(RaceError) as error:
+        next(found)
+    assert str(error.value) == (
+        "--pairs: line 3 of x.jsonl must be a JSON object of two texts, "
+        f'"prompt" and "completion", the latter not empty, got {line}'
+    )
+
+
+def test_a_file_of_pairs_is_cut_between_lines():
+    line = json.dumps({"prompt": "a" * 50, "completion": "b"}) + "\n"
+    document = text.Document("x.jsonl", line * 100)
+    split = text.split_documents([document], by_line=True)
+    (training,), (heldout,) = split.training, split.heldout
+    assert training.text + heldout.text == document.text
+    assert heldout.text == line * 5
+
+
+def test_labels_are_cut_as_their_tokens_are():
+    stream = np.arange(1_000, dtype=np.int32)
+    labels = np.where(stream % 3 == 0, stream, tokens.IGNORED).astype(np.int32)
+    shape = {"batch_size": 4, "sequence_length": 16, "seed": 3}
+    batch = tokens.batches(stream, labels=labels, **shape)(5)
+    assert np.array_equal(batch.ids, tokens.batches(stream, **shape)(5).ids)
+    assert np.array_equal(batch.labels, np.where(batch.ids % 3 == 0, batch.ids, tokens.IGNORED))
+    assert batch.targets == (batch.ids[:, 1:] % 3 == 0).sum()
+    corpus = tokens.Corpus(stream, stream, 1, 1_000, None, "", labels, labels)
+    inputs, targets = map(np.concatenate, zip(*corpus.heldout_batches(16), strict=True))
+    predicted = targets != tokens.IGNORED
+    assert np.array_equal(targets[predicted], stream[3::3])
+    assert np.array_equal(inputs[predicted], stream[2:-1:3])
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

@@ -263,7 +263,7 @@ def test_the_test_above_can_tell_selections_apart():
     losses = []
     for seed in (3, 4):
         way = settings.lane("random")
-        lane = jax_lanes.JaxLane(way, model, settings, corpus.heldout, seed, CPU)
+        lane = jax_lanes.JaxLane(way, model, settings, corpus, seed, CPU)
         lane.train_step(batches_of(settings, corpus)(0), 1e-2)
         losses.append(lane.evaluate())
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -302,7 +302,7 @@ def test_lanes_of_one_seed_share_their_start_and_nothing_else():
 
 def test_the_held_out_loss_predicts_every_token_once():
     _, lane, _ = lanes_of("dense")
-    stream = lane.heldout.astype(np.int64)
+    stream = lane.corpus.heldout.astype(np.int64)
     total = 0.0
     for start in range(0, 99, 16):  # the last window is shorter
         window = stream[start : min(start + 17, 100)]
@@ -315,7 +315,7 @@ def test_the_held_out_loss_predicts_every_token_once():
 def test_prompts_are_not_learned(name, n_trained):
     ours, theirs, batch = lanes_of(name, prompt=0.75)
     plain, _, _ = lanes_of(name)
-    stream = ours.heldout.astype(np.int64)
+    stream = ours.corpus.heldout.astype(np.int64)
     total = 0.0
     for start in range(0, 88, 5):  # 11 tokens of context, then as many as are predicted
         window = stream[start : min(start + 17, 100)]

@@ -166,12 +166,29 @@ def test_both_selecting_lanes_keep_as_much_from_the_first_step_on():
 
 def test_slots_are_made_for_what_prompts_leave():
     settings = RaceSettings(budget=SECONDS, sequence_length=10, prompt=0.66)
-    assert (settings.prompt_tokens, settings.targets_per_sequence) == (7, 3)
+    assert settings.prompt_tokens == 7
     tables = {"mine": {"split": "backward", "ratio": 1.0}}
     settings = dataclasses.replace(settings, tables=tables, lanes=("mine", "cggr"))
     assert settings.lane("mine").routing(seed=0).capacity(0, 16, 10) == 48
     assert settings.lane("cggr").routing(seed=0).capacity(0, 16, 10) == 12
-    assert RaceSettings(budget=SECONDS).targets_per_sequence == 63
+    tables = {"mine": {"max-eligible-ratio": 0.2}, "all": {"learns-prompts": True}}
+    settings = dataclasses.replace(settings, tables=tables, lanes=("mine", "all"))
+    assert settings.lane("mine").routing(seed=0).max_eligible_ratio == 0.2
+    assert settings.lane("all").routing(seed=0).max_eligible_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--pairs needs a --text of JSON lines, each a prompt and a completion"),
+        ({"text": (Path("a"),), "prompt": 0.5}, "give either --pairs or --prompt"),
+        ({"text": (Path("a"),), "noise": 0.5}, "give either --pairs or --noise"),
+    ],
+)
+def test_pairs_have_prompts_of_their_own(options, message):
+    with pytest.raises(RaceError) as error:
+        RaceSettings(budget=SECONDS, pairs=True, **options)
+    assert str(error.value) == message
 
 
 def test_fine_tuning_starts_gently(tmp_path):
@@ -198,8 +215,9 @@ def with_lane(table, **options):
             {"scores": "loss"},
             (
                 "lane mine: unknown option 'scores'; known: batch_size, checkpointed, "
-                "dynamic_threshold, importance_floor, micro_batches, num_strata, ratio, "
-                "router_layers, scoring, selection, split, warmup_steps"
+                "dynamic_threshold, importance_floor, learns_prompts, max_eligible_ratio, "
+                "micro_batches, num_strata, ratio, router_layers, scoring, selection, split, "
+                "warmup_steps"
             ),
         ),
         ({"name": "other"}, "lane mine: unknown option 'name'; known: batch_size, "),
@@ -220,6 +238,11 @@ def with_lane(table, **options):
             "lane mine: micro_batches must divide the batch of 16 sequences, got 3",
         ),
         ({"checkpointed": 1}, "lane mine: checkpointed must be True or False, got 1"),
+        (
+            {"learns_prompts": "no"},
+            "lane mine: learns_prompts must be True or False, got 'no'",
+        ),
+        ({"max_eligible_ratio": 0}, "lane mine: max_eligible_ratio must be in (0, 1], got 0."),
         ({"router_layers": "2"}, "lane mine: router_layers must be 1 or more, got '2'"),
         ({"router_layers": 5}, "lane mine: router_layers 5 is more than the model's 4 layers"),
         ({"scoring": "luck"}, "lane mine: scoring must be one of 'entropy', "),

@@ -13,10 +13,12 @@ import pytest
 import races
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from matplotlib import image
 from races import race, read, save_tokenizer, tiny, write_book
 
 import cggr.torch.model
+from cggr.cli import main
 from cggr.race import tokens, torch_lanes
 from cggr.race.settings import LANES, RaceError
 
@@ -58,6 +60,7 @@ def test_a_race_from_the_command_line(book, tmp_path):
         "vocab_size": 300,
         "text": ["book"],
         "prompt": 0.0,
+        "pairs": False,
         "noise": 0.0,
         "reference": None,
         "model": None,
@@ -160,6 +163,89 @@ def batch_of(stream):
     return tokens.Batch(ids, ids)
 
 
+@pytest.fixture
+def answers(book, tmp_path):
+    """Pairs in files: a completion is the last digit of its prompt."""
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for number in range(40):
+        pairs = [(f"the last of {10 * i + number % 10} is", f" {number % 10}") for i in range(30)]
+        lines = [json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in pairs]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_race_on_pairs(answers, tmp_path, backend):
+    config = tmp_path / "pairs.toml"
+    config.write_text(
+        """
+text = ["answers"]
+pairs = true
+budget = "3steps"
+eval-every = "3steps"
+[lanes.dense]
+split = "dense"
+[lanes.prompts]
+split = "dense"
+learns-prompts = true
+[lanes.token]
+ratio = 1.0
+selection = "random"
+max-eligible-ratio = 0.5
+[lanes.sequences]
+split = "sequence"
+ratio = 1.0
+selection = "random"
+"""
+    )
+    result = CliRunner().invoke(
+        main, ["race", "--config", str(config), "--name", "test", "--backend", backend, *SMALL]
+    )
+    assert result.exit_code == 0, result.output
+    assert "batch 8 x 32, prompts and completions, " in result.output
+    found = read(tmp_path)
+    assert found["settings"]["pairs"] is True
+    runs = {run["lane"]: run["curve"][-1] for run in found["runs"]}
+    # Whoever learns prompts too learns of every token but a sequence's first.
+    assert runs["prompts"]["tokens_trained"] == 3 * 8 * 31
+    assert 0 < runs["dense"]["tokens_trained"] < 0.5 * 3 * 8 * 31
+    assert runs["token"]["tokens_trained"] == runs["dense"]["tokens_trained"]
+    # From the same batches, the same steps.
+    assert runs["sequences"]["loss"] == pytest.approx(runs["dense"]["loss"], rel=1e-4)
+    assert runs["prompts"]["loss"] != pytest.approx(runs["dense"]["loss"], rel=1e-2)
+
+
+def test_more_labels_than_a_lane_has_slots_for_are_an_error(answers, tmp_path):
+    config = tmp_path / "pairs.toml"
+    config.write_text(
+        'text = ["answers"]\npairs = true\n[lanes.token]\nratio = 1.0\nmax-eligible-ratio = 0.05\n'
+    )
+    result = CliRunner().invoke(
+        main, ["race", "--config", str(config), "--budget", "3steps", *SMALL]
+    )
+    assert result.exit_code == 2
+    assert "lane token: max_eligible_ratio" in result.output
+
+
+@pytest.mark.parametrize("split", ["dense", "token"])
+def test_parts_of_a_batch_weigh_by_their_labels(split):
+    table = {"split": split} | ({} if split == "dense" else {"ratio": 1.0, "selection": "random"})
+    stream = tiny()[1].training
+    ids = stream[:128].astype(np.int64).reshape(8, 16)
+    labels = ids.copy()
+    labels[:4, 2:] = tokens.IGNORED  # a label a sequence in the first half, and 15 in the other
+    losses = []
+    for parts in (1, 4):
+        tables = {"mine": table | {"micro-batches": parts}}
+        lane, _ = make_lane("mine", lanes=("mine",), tables=tables)
+        for _ in range(3):
+            lane.train_step(tokens.Batch(ids, labels), 1e-2)
+        losses.append(lane.evaluate())
+        assert lane.tokens_per_step() == (4 + 60 if split == "dense" or parts == 1 else 4 * 30)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_the_held_out_loss_predicts_every_token_once():
     lane, stream = make_lane("dense")
     total = 0.0
@@ -212,9 +298,9 @@ def test_a_model_that_cannot_run_on_tokens_can_on_sequences():
     settings, corpus = tiny()
     message = r"^--lanes cggr: LlamaForCausalLM has dynamic .* cggr-sequences can race$"
     with pytest.raises(RaceError, match=message):
-        torch_lanes.TorchLane(settings.lane("cggr"), lane.model, settings, corpus.heldout, 0)
+        torch_lanes.TorchLane(settings.lane("cggr"), lane.model, settings, corpus, 0)
     way = settings.lane("cggr-sequences")
-    torch_lanes.TorchLane(way, lane.model, settings, corpus.heldout, 0)
+    torch_lanes.TorchLane(way, lane.model, settings, corpus, 0)
 
 
 @pytest.mark.parametrize("split", ["token", "sequence"])

@@ -195,7 +195,7 @@ def main() -> None:
         model.config.use_cache = False
         restrict(model, way)
         train(model, batch, options.steps, options.learning_rate)
-        loss = heldout_loss(model.eval(), corpus.heldout, options.length)
+        loss = heldout_loss(model.eval(), corpus.heldout_batches(options.length))
         console.print(f"{way.name:40} {options.steps} steps  loss {loss:.4f}", highlight=False)
 
 

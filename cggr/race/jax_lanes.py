@@ -21,7 +21,7 @@ from cggr.race.jax_decoder import Decoder, load_decoder
 from cggr.race.machine import Runtime, cpu_count, package_version, share_memory
 from cggr.race.pretrained import check_fit, load_llama
 from cggr.race.settings import LaneSettings, RaceError, RaceSettings
-from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
+from cggr.race.tokens import IGNORED, Batch, Corpus, Losses
 
 # torch.optim.AdamW but for its learning rate, which every step of the race is given.
 ADAMW = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8), optax.add_decayed_weights(0.1))
@@ -39,7 +39,7 @@ class JaxLane:
         lane: How it trains.
         model: The model, which is left as it is.
         settings: The race.
-        heldout: Held-out token ids.
+        corpus: What it is measured on.
         seed: Seed of the selection.
         device: Where to train.
     """
@@ -49,14 +49,14 @@ class JaxLane:
         lane: LaneSettings,
         model: Decoder,
         settings: RaceSettings,
-        heldout: Tokens,
+        corpus: Corpus,
         seed: int,
         device: jax.Device,
     ) -> None:
         self.name = lane.name
         self.is_dense = lane.split == "dense"
         self.device = device
-        self.heldout = heldout
+        self.corpus = corpus
         self.settings = settings
         self._decoder = nnx.graphdef(model)
         routed = _route(lane, model, seed)
@@ -68,7 +68,7 @@ class JaxLane:
             (parameters, ADAMW.init(parameters), counters), device
         )
         shape = (settings.lane_batch_size(lane.name), settings.sequence_length)
-        self._tokens = shape[0] * settings.targets_per_sequence
+        self._targets = 0
         # Here, where no clock runs. JAX remembers: the second lane of a kind compiles nothing.
         self._step = _train_step.lower(
             self._definition,
@@ -88,7 +88,7 @@ class JaxLane:
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
         """One optimizer step on a batch of token ids; waits for the step before it."""
-        before = self._loss
+        before, self._targets = self._loss, batch.targets
         self.parameters, self.moments, self.counters, self._loss = self._step(
             self.parameters,
             self.moments,
@@ -127,7 +127,7 @@ class JaxLane:
         module = self.module
         if isinstance(module, CGGRModel):
             return int(module.get_metrics()["tokens_selected"])
-        return self._tokens
+        return self._targets
 
     def save(self, folder: Path) -> None:
         """Settings refuse it."""
@@ -138,7 +138,7 @@ class JaxLane:
         parameters = self.parameters if self.is_dense else self.parameters["model"]
         total, n_targets = 0.0, 0
         length, prompt = self.settings.sequence_length, self.settings.prompt_tokens
-        for inputs, targets in evaluation_batches(self.heldout, length, prompt):
+        for inputs, targets in self.corpus.heldout_batches(length, prompt):
             loss = _loss_sum(
                 self._decoder, parameters, inputs.astype(np.int32), targets.astype(np.int32)
             )
@@ -218,7 +218,7 @@ def make_lanes(
             models.clear()  # the seeds race one after the other
             models[seed] = load_decoder(*build_model(settings, corpus, seed), device)
         lane = settings.lane(name)
-        return JaxLane(lane, models[seed], settings, corpus.heldout, seed, device)
+        return JaxLane(lane, models[seed], settings, corpus, seed, device)
 
     return make_lane
 

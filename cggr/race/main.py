@@ -44,7 +44,13 @@ def race(
     device = backend.find_device(settings.device)
     runtime = backend.runtime(device)
     with console.status("reading the text"):
-        split = text.split_documents(*text.read_documents(settings.text))
+        split = text.split_documents(
+            *text.read_documents(settings.text),
+            max_heldout_bytes=(
+                text.MAX_HELDOUT_PAIRS_BYTES if settings.pairs else text.MAX_HELDOUT_BYTES
+            ),
+            by_line=settings.pairs,
+        )
         if settings.noise:
             split = text.with_noise(split, settings.noise)
     with console.status("tokenizing"):
@@ -55,7 +61,11 @@ def race(
             option = "--reference" if settings.model is None else "--model"
             tokenizer, end_of_text = pretrained.load_tokenizer(source, option)
         corpus = tokens.prepare(
-            split, vocab_size=settings.vocab_size, tokenizer=tokenizer, end_of_text=end_of_text
+            split,
+            vocab_size=settings.vocab_size,
+            pairs=settings.pairs,
+            tokenizer=tokenizer,
+            end_of_text=end_of_text,
         )
 
     reference_nll = None
@@ -64,12 +74,14 @@ def race(
             reference_nll = backend.reference_losses(settings, corpus, device)
 
     def make_batches(seed: int, lane: str) -> tokens.BatchFunction:
+        learns_prompts = settings.lane(lane).learns_prompts
         return tokens.batches(
             corpus.training,
             batch_size=settings.lane_batch_size(lane),
             sequence_length=settings.sequence_length,
             seed=seed,
-            prompt=settings.prompt_tokens,
+            labels=None if learns_prompts else corpus.training_labels,
+            prompt=0 if learns_prompts else settings.prompt_tokens,
             reference_nll=reference_nll,
         )
 
@@ -88,7 +100,8 @@ def race(
         f"{'fine-tuning' if settings.model else 'training'} {parameters / 1e6:.1f} M parameters "
         f"with {settings.backend}, "
         f"batch {settings.batch_size} x {settings.sequence_length}"
-        f"{f', prompts of {settings.prompt_tokens}' if settings.prompt_tokens else ''}, "
+        f"{f', prompts of {settings.prompt_tokens}' if settings.prompt_tokens else ''}"
+        f"{', prompts and completions' if settings.pairs else ''}, "
         f"ratio {settings.ratio:g}, {settings.scoring} / {settings.selection}, "
         f"{text.source_name(settings.text)} ({len(corpus.training) / 1e6:.2f} M tokens), {where}"
     )

@@ -100,7 +100,7 @@ class LaneSettings:
     Args:
         name: What the report calls it.
         split: ``dense``, or as of CGGRModel.
-        scoring: As of RoutingConfig, like all but the next and the last four.
+        scoring: As of RoutingConfig, like all but the next and the last five.
         ratio: Fraction of each batch that is trained on; of its tokens with labels.
         selection: Selection rule.
         importance_floor: In the unit of the score.
@@ -112,6 +112,7 @@ class LaneSettings:
         batch_size: Sequences per batch; the race's if None.
         micro_batches: Parts of a batch that run one after the other, their gradients added.
         checkpointed: Whether layers run again in the backward pass, to save memory.
+        learns_prompts: Whether it trains on prompts too, which are not measured.
 
     Raises:
         RaceError: An option is out of its range.
@@ -131,6 +132,7 @@ class LaneSettings:
     batch_size: int | None = None
     micro_batches: int = 1
     checkpointed: bool = False
+    learns_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -141,10 +143,10 @@ class LaneSettings:
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < 1):
                 raise RaceError(f"lane {self.name}: {option} must be 1 or more, got {value!r}")
-        if type(self.checkpointed) is not bool:
-            raise RaceError(
-                f"lane {self.name}: checkpointed must be True or False, got {self.checkpointed!r}"
-            )
+        for option in ("checkpointed", "learns_prompts"):
+            value = getattr(self, option)
+            if type(value) is not bool:
+                raise RaceError(f"lane {self.name}: {option} must be True or False, got {value!r}")
         try:
             self.routing(seed=0)
         except (TypeError, ValueError) as error:
@@ -157,7 +159,7 @@ class LaneSettings:
         Raises:
             RaceError: It is no table, or one of unknown options.
         """
-        known = {field.name for field in dataclasses.fields(cls)} - {"name", "max_eligible_ratio"}
+        known = {field.name for field in dataclasses.fields(cls)} - {"name"}
         if not isinstance(table, dict):
             raise RaceError(f"lane {name} must be a table of options, got {table!r}")
         options = {key.replace("-", "_"): value for key, value in table.items()}
@@ -166,12 +168,15 @@ class LaneSettings:
                 f"lane {name}: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
         selecting = sorted(
-            options.keys() - {"split", "batch_size", "micro_batches", "checkpointed"}
+            options.keys()
+            - {"split", "batch_size", "micro_batches", "checkpointed", "learns_prompts"}
         )
         if options.get("split") == "dense" and selecting:
             raise RaceError(f"lane {name}: a dense lane selects nothing, got {selecting[0]!r}")
         inherited = ("scoring", "selection", "ratio", "max_eligible_ratio")
         common = {key: getattr(race, key) for key in inherited}
+        if options.get("learns_prompts"):
+            common["max_eligible_ratio"] = 1.0
         lane = cls(name=name, **common | options)
         batch = lane.batch_size or race.batch_size
         if batch % lane.micro_batches:
@@ -237,6 +242,7 @@ class RaceSettings:
         vocab_size: Vocabulary of the new model and its tokenizer, at least 257.
         text: Files and folders; the Python standard library's source if empty.
         prompt: Part of every sequence that is a prompt: its tokens have no labels.
+        pairs: Whether the text is of prompts and completions, of which the latter have labels.
         noise: Part of the training text's lines whose words are random.
         reference: Folder of the model whose losses ``excess_loss`` is in excess of.
         model: Folder of a Hugging Face causal language model to fine-tune instead of a new one.
@@ -271,6 +277,7 @@ class RaceSettings:
     vocab_size: int = 4096
     text: tuple[Path, ...] = ()
     prompt: float = 0.0
+    pairs: bool = False
     noise: float = 0.0
     reference: Path | None = None
     model: Path | None = None
@@ -297,6 +304,11 @@ class RaceSettings:
                     f"--{option} must be at least 0 and less than 1, got {getattr(self, option)}"
                 )
         prompt_tokens(self.prompt, self.sequence_length)
+        if self.pairs and not self.text:
+            raise RaceError("--pairs needs a --text of JSON lines, each a prompt and a completion")
+        for option in ("noise", "prompt"):
+            if self.pairs and getattr(self, option):
+                raise RaceError(f"give either --pairs or --{option}")
         if self.save is not None and self.save not in self.lanes:
             raise RaceError(f"--save must be one of the lanes, got {self.save!r}")
         for option in ("compiled", "reference", "memory", "save"):
@@ -365,13 +377,8 @@ class RaceSettings:
         return prompt_tokens(self.prompt, self.sequence_length)
 
     @property
-    def targets_per_sequence(self) -> int:
-        """Tokens that are predicted: not the first, nor a prompt's."""
-        return self.sequence_length - max(1, self.prompt_tokens)
-
-    @property
     def max_eligible_ratio(self) -> float:
-        """Part of a sequence's tokens that have labels."""
+        """Part of a sequence's tokens that have labels; of pairs, at most."""
         return (self.sequence_length - self.prompt_tokens) / self.sequence_length
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import platform
 import sysconfig
@@ -16,6 +17,7 @@ from cggr.race.settings import RaceError
 
 MAX_TEXT_BYTES = 256_000_000  # a race of minutes on one machine sees less
 MAX_HELDOUT_BYTES = 80_000  # about 23,000 tokens: an evaluation costs a second on two CPU cores
+MAX_HELDOUT_PAIRS_BYTES = 240_000  # of which a part is predicted
 HELDOUT_FRACTION = 0.05
 
 # The library's own tests are left out because many distributions do not install them.
@@ -148,6 +150,30 @@ def _files(
             raise RaceError(f"{option} {root}: no such file or folder")
 
 
+def pairs_of(documents: Sequence[Document]) -> Iterator[tuple[str, str]]:
+    """Yields (prompt, completion) of documents that have a JSON object with both in every line.
+
+    Raises:
+        RaceError: A line is no such object, or its completion is empty.
+    """
+    for document in documents:
+        for number, line in enumerate(document.text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            found = found if isinstance(found, dict) else {}
+            prompt, completion = found.get("prompt"), found.get("completion")
+            if not (isinstance(prompt, str) and isinstance(completion, str) and completion):
+                raise RaceError(
+                    f"--pairs: line {number} of {document.name} must be a JSON object of two "
+                    f'texts, "prompt" and "completion", the latter not empty, got {line[:60]}'
+                )
+            yield prompt, completion
+
+
 def with_noise(split: Split, fraction: float) -> Split:
     """The split with noise in the text to train on; what is held out stays as it is.
 
@@ -178,7 +204,13 @@ def with_noise(split: Split, fraction: float) -> Split:
     return Split(training, split.heldout, digest, (*split.notes, note))
 
 
-def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) -> Split:
+def split_documents(
+    documents: Sequence[Document],
+    notes: Sequence[str] = (),
+    *,
+    max_heldout_bytes: int = MAX_HELDOUT_BYTES,
+    by_line: bool = False,
+) -> Split:
     """Holds out whole files, 5 % of the text or 80 kB, whichever is less.
 
     The files are taken in the order of a hash of their names, so the choice is the same on every
@@ -188,8 +220,10 @@ def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) ->
     Args:
         documents: The documents, at least one.
         notes: Notes to pass on.
+        max_heldout_bytes: Of UTF-8.
+        by_line: Whether a file may be cut between its lines only.
     """
-    room = min(MAX_HELDOUT_BYTES, int(HELDOUT_FRACTION * sum(item.size for item in documents)))
+    room = min(max_heldout_bytes, int(HELDOUT_FRACTION * sum(item.size for item in documents)))
     heldout: list[Document] = []
     for document in sorted(documents, key=lambda item: hashlib.sha256(item.name.encode()).digest()):
         if document.size <= room:
@@ -199,9 +233,11 @@ def split_documents(documents: Sequence[Document], notes: Sequence[str] = ()) ->
     notes = list(notes)
     if not heldout:
         *training, last = documents
-        size = min(MAX_HELDOUT_BYTES, max(1, int(HELDOUT_FRACTION * last.size)))
+        size = min(max_heldout_bytes, max(1, int(HELDOUT_FRACTION * last.size)))
         # Cut at a character of the file, which is where a byte offset of UTF-8 may not be.
         head = last.text.encode()[: last.size - size].decode(errors="ignore")
+        if by_line:
+            head = head[: head.rfind("\n") + 1]
         training.append(Document(last.name, head))
         heldout.append(Document(last.name, last.text[len(head) :]))
         notes.append(f"The last {size / last.size:.1%} of {last.name} are held out.")

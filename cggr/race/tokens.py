@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cggr.race.settings import RaceError
-from cggr.race.text import Document, Split
+from cggr.race.text import Split, pairs_of
 
 Tokens = npt.NDArray[np.int32]
 Losses = npt.NDArray[np.float32]
@@ -41,8 +41,14 @@ class Batch(NamedTuple):
     labels: npt.NDArray[np.int64]
     reference_nll: Losses | None = None
 
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: those with labels, but for a sequence's first."""
+        return int(np.count_nonzero(self.labels[:, 1:] != IGNORED))
+
 
 BatchFunction = Callable[[int], Batch]
+Evaluated = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # inputs and targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +56,14 @@ class Corpus:
     """Token ids of the training and of the held-out text.
 
     Args:
-        training: All training documents, each preceded by the end-of-text token.
+        training: All training documents, or pairs, each preceded by the end-of-text token.
         heldout: All held-out documents, likewise.
         heldout_bytes: Size of the held-out documents in UTF-8.
         vocab_size: Number of tokens of the vocabulary.
         end_of_text: Id of the end-of-text token, None if the tokenizer has none.
         tokenizer: The tokenizer, as tokenizer.json has it.
+        training_labels: Of pairs, `training` with prompts `IGNORED`; None where all is learned.
+        heldout_labels: Likewise.
     """
 
     training: Tokens
@@ -64,6 +72,12 @@ class Corpus:
     vocab_size: int
     end_of_text: int | None
     tokenizer: str = ""
+    training_labels: Tokens | None = None
+    heldout_labels: Tokens | None = None
+
+    def heldout_batches(self, sequence_length: int, prompt: int = 0) -> Iterator[Evaluated]:
+        """Inputs and targets of the held-out text, as :func:`evaluation_batches` cuts them."""
+        return evaluation_batches(self.heldout, sequence_length, prompt, self.heldout_labels)
 
     def bits_per_byte(self, loss: float) -> float:
         """Converts nats per held-out token to bits per held-out byte, as if all had this loss."""
@@ -102,10 +116,30 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: int | None) 
     return np.concatenate(parts)
 
 
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], end_of_text: int | None
+) -> tuple[Tokens, Tokens]:
+    """Encodes pairs of prompt and completion into one stream of ids, and one of labels.
+
+    Labels are the ids of completions and of the end-of-text tokens that follow them.
+    """
+    separator = [] if end_of_text is None else [end_of_text]
+    ids: list[int] = []
+    labels: list[int] = []
+    texts = [text for pair in pairs for text in pair]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for prompt, completion in zip(encodings[::2], encodings[1::2], strict=True):
+        ids += separator + prompt.ids + completion.ids
+        labels += (separator if labels else [IGNORED] * len(separator)) + [IGNORED] * len(prompt)
+        labels += completion.ids
+    return np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+
+
 def prepare(
     split: Split,
     *,
     vocab_size: int,
+    pairs: bool = False,
     tokenizer: Tokenizer | None = None,
     end_of_text: int | None = None,
     cache: Path | None = None,
@@ -115,14 +149,16 @@ def prepare(
     Args:
         split: The documents.
         vocab_size: Vocabulary of the tokenizer to train.
+        pairs: Whether documents are JSON lines of prompts and completions.
         tokenizer: A model's own tokenizer, to use instead of training one.
         end_of_text: Its end-of-text token.
         cache: Folder of the cache; the user's cache folder if None.
 
     Raises:
-        RaceError: The cache cannot be written.
+        RaceError: The cache cannot be written, or a line is no pair.
     """
     recipe = f"{vocab_size}" if tokenizer is None else f"{tokenizer.to_str()}{end_of_text}"
+    recipe += "|pairs" if pairs else ""
     key = hashlib.sha256(f"2|{tokenizers.__version__}|{split.digest}|{recipe}".encode())
     folder = cache or Path(platformdirs.user_cache_dir("cggr", appauthor=False))
     path = folder / f"tokens-{key.hexdigest()[:32]}.npz"
@@ -130,17 +166,34 @@ def prepare(
     if path.is_file():
         with np.load(path) as arrays:
             size, end = (int(value) for value in arrays["vocabulary"])
-            training, heldout = arrays["training"], arrays["heldout"]
+            streams = {name: arrays[name] for name in arrays if name.startswith(("train", "held"))}
             described = str(arrays["tokenizer"])
-        end_of_text = None if end < 0 else end
-        return Corpus(training, heldout, heldout_bytes, size, end_of_text, described)
+        return Corpus(
+            **streams,
+            heldout_bytes=heldout_bytes,
+            vocab_size=size,
+            end_of_text=None if end < 0 else end,
+            tokenizer=described,
+        )
 
+    parts = {"training": split.training, "heldout": split.heldout}
+    texts = {name: [document.text for document in found] for name, found in parts.items()}
+    if pairs:
+        lines = {name: list(pairs_of(found)) for name, found in parts.items()}
+        texts = {name: ["".join(pair) for pair in found] for name, found in lines.items()}
     if tokenizer is None:
-        tokenizer = train_tokenizer(_texts(split.training), vocab_size)
+        tokenizer = train_tokenizer(texts["training"], vocab_size)
         end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    streams = {}
+    for name in parts:
+        if pairs:
+            streams[name], streams[f"{name}_labels"] = encode_pairs(
+                tokenizer, lines[name], end_of_text
+            )
+        else:
+            streams[name] = encode(tokenizer, texts[name], end_of_text)
     corpus = Corpus(
-        training=encode(tokenizer, _texts(split.training), end_of_text),
-        heldout=encode(tokenizer, _texts(split.heldout), end_of_text),
+        **streams,
         heldout_bytes=heldout_bytes,
         vocab_size=tokenizer.get_vocab_size(),
         end_of_text=end_of_text,
@@ -153,8 +206,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(
             partial,
-            training=corpus.training,
-            heldout=corpus.heldout,
+            **streams,
             vocabulary=vocabulary,
             tokenizer=np.array(corpus.tokenizer),
         )
@@ -166,16 +218,13 @@ def prepare(
     return corpus
 
 
-def _texts(documents: Sequence[Document]) -> list[str]:
-    return [document.text for document in documents]
-
-
 def batches(
     tokens: Tokens,
     *,
     batch_size: int,
     sequence_length: int,
     seed: int,
+    labels: Tokens | None = None,
     prompt: int = 0,
     reference_nll: Losses | None = None,
 ) -> BatchFunction:
@@ -186,6 +235,7 @@ def batches(
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
         seed: Seed of the positions.
+        labels: ``(N,)``: what is learned of the stream; all of it if None.
         prompt: So many tokens of each sequence are a prompt.
         reference_nll: ``(N,)``: at each token, the reference's loss of the one that follows.
 
@@ -205,15 +255,16 @@ def batches(
         index = random.integers(len(tokens) - sequence_length + 1, size=(batch_size, 1)) + span
         known = None if reference_nll is None else np.nan_to_num(reference_nll[index])
         ids = tokens[index].astype(np.int64)
-        return Batch(ids, np.where(span < prompt, IGNORED, ids), known)
+        learned = ids if labels is None else labels[index].astype(np.int64)
+        return Batch(ids, np.where(span < prompt, IGNORED, learned), known)
 
     return batch
 
 
 def evaluation_batches(
-    tokens: Tokens, sequence_length: int, prompt: int = 0
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Cuts a stream into inputs and targets, every token but the first being a target once.
+    tokens: Tokens, sequence_length: int, prompt: int = 0, labels: Tokens | None = None
+) -> Iterator[Evaluated]:
+    """Cuts a stream into inputs and targets, every label but the first being a target once.
 
     After a prompt, so are all but its tokens and the first: prompts repeat what was a target of the
     row before.
@@ -222,6 +273,7 @@ def evaluation_batches(
         tokens: The stream, of two tokens or more behind a prompt.
         sequence_length: Tokens per row.
         prompt: So many tokens of a training sequence are a prompt.
+        labels: ``(N,)``: the stream, `IGNORED` where nothing is to be predicted; all of it if None.
 
     Yields:
         Batches of one shape; behind the stream's end, inputs are 0 and targets `IGNORED`.
@@ -238,5 +290,6 @@ def evaluation_batches(
     index = np.where(is_there, index, 0)
     inputs = np.where(is_there, tokens[index], 0).astype(np.int64)
     is_target = is_there & (np.arange(sequence_length) >= context)
-    targets = np.where(is_target, tokens[index + 1], IGNORED).astype(np.int64)
+    wanted = (tokens if labels is None else labels)[index + 1]
+    targets = np.where(is_target, wanted, IGNORED).astype(np.int64)
     yield from zip(inputs.reshape(shape), targets.reshape(shape), strict=True)

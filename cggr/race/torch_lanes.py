@@ -6,7 +6,7 @@ import copy
 import gc
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cggr.race.engine import Lane
 from cggr.race.machine import Runtime, package_version
 from cggr.race.pretrained import check_fit, load_tokenizer
 from cggr.race.settings import LANES, LaneSettings, RaceError, RaceSettings
-from cggr.race.tokens import IGNORED, Batch, Corpus, Losses, Tokens, evaluation_batches
+from cggr.race.tokens import IGNORED, Batch, Corpus, Evaluated, Losses
 from cggr.reference import ReferenceLosses
 from cggr.torch import CapturedStep, CGGRModel, RoutingConfig, create_truncated_router
 from cggr.torch.reference import score_reference
@@ -39,7 +39,7 @@ class TorchLane:
         lane: How it trains.
         model: A causal language model, which the lane trains in place.
         settings: The race.
-        heldout: Held-out token ids.
+        corpus: What it is measured on.
         seed: Seed of the selection.
     """
 
@@ -48,7 +48,7 @@ class TorchLane:
         lane: LaneSettings,
         model: transformers.PreTrainedModel,
         settings: RaceSettings,
-        heldout: Tokens,
+        corpus: Corpus,
         seed: int,
     ) -> None:
         self.name = lane.name
@@ -62,9 +62,9 @@ class TorchLane:
             enable({"use_reentrant": False, "preserve_rng_state": False})
         self.device = next(model.parameters()).device
         self.settings = settings
-        self.heldout = heldout
+        self.corpus = corpus
         self.optimizer = self._new_optimizer()
-        self._tokens = 0
+        self._targets = 0
         self._allocated = 0
         self._peak = 0
         self.routed = self._route(seed)
@@ -94,6 +94,7 @@ class TorchLane:
         inputs: dict[str, Any] = {"input_ids": batch.ids, "labels": batch.labels}
         if self.lane.scores_excess:
             inputs["reference_nll"] = batch.reference_nll
+        self._targets = batch.targets
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         try:
@@ -105,6 +106,10 @@ class TorchLane:
             raise RaceError(
                 f"lane {self.name}: a batch of {len(batch.ids)} sequences does not fit: {reason}"
             ) from None
+        except ValueError as error:
+            if self.lane.max_eligible_ratio == 1:
+                raise
+            raise RaceError(f"lane {self.name}: {error}") from None
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -121,18 +126,17 @@ class TorchLane:
 
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.routed is None:
-            loss = self.model(**inputs).loss / self.lane.micro_batches
-            self._tokens = len(inputs["labels"]) * self.settings.targets_per_sequence
+            loss = self.model(**inputs, **self._items()).loss
         else:
-            loss = self.routed(**inputs, **self._items(inputs))
+            loss = self.routed(**inputs, **self._items())
         loss.backward()
 
-    def _items(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _items(self) -> dict[str, Any]:
         """What makes the loss of a micro-batch its part of the batch's."""
         if self.lane.micro_batches == 1:
             return {}
-        n_targets = len(inputs["labels"]) * self.settings.targets_per_sequence
-        return {"num_items_in_batch": n_targets * self.lane.micro_batches}
+        # A tensor: a number that is another in every step would be compiled anew.
+        return {"num_items_in_batch": torch.tensor(self._targets, device=self.device)}
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -156,16 +160,16 @@ class TorchLane:
 
     def tokens_per_step(self) -> int:
         """Tokens that the latest step's loss was taken over."""
-        tokens = self._tokens
-        if self.routed is not None:
-            tokens = int(self.routed.get_metrics()["tokens_selected"])
+        if self.routed is None:
+            return self._targets
+        tokens = int(self.routed.get_metrics()["tokens_selected"])
         return tokens * self.lane.micro_batches  # of which the last one is known
 
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the first, or the first prompt, predicted once."""
         self.model.eval()
         length, prompt = self.settings.sequence_length, self.settings.prompt_tokens
-        loss = heldout_loss(self.model, self.heldout, length, prompt)
+        loss = heldout_loss(self.model, self.corpus.heldout_batches(length, prompt))
         self.model.train()
         return loss
 
@@ -238,7 +242,7 @@ class CompiledLane(TorchLane):
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.device.type != "cuda":
             with room_for_graphs():
-                loss = self.routed(**inputs, **self._items(inputs))
+                loss = self.routed(**inputs, **self._items())
             loss.backward()
             return
         if not self._steps:  # here, where no clock runs
@@ -256,7 +260,7 @@ class CompiledLane(TorchLane):
         if level not in self._steps:
             self._steps[level] = CapturedStep(self.routed)
         with torch.autocast("cuda", torch.bfloat16):
-            self._steps[level](**inputs, **self._items(inputs))
+            self._steps[level](**inputs, **self._items())
 
     def _capture_all(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """A graph for every capacity of the schedule, and the memory that their steps need."""
@@ -283,20 +287,16 @@ class CompiledLane(TorchLane):
 
 
 @torch.inference_mode()
-def heldout_loss(model: Any, heldout: Tokens, length: int, prompt: int = 0) -> float:
-    """Mean loss of a model in eval mode over all tokens but the first, each predicted once.
-
-    After a prompt, if there is one: those of the first prompt are not predicted.
+def heldout_loss(model: Any, batches: Iterable[Evaluated]) -> float:
+    """Mean loss of a model in eval mode over all targets.
 
     Args:
         model: A causal language model.
-        heldout: Token ids.
-        length: Tokens per sequence.
-        prompt: Tokens of it that are a prompt.
+        batches: Inputs and targets, as :func:`cggr.race.tokens.evaluation_batches` yields them.
     """
     device = next(model.parameters()).device
     total, n_targets = 0.0, 0
-    for inputs, targets in evaluation_batches(heldout, length, prompt):
+    for inputs, targets in batches:
         logits = model(input_ids=torch.from_numpy(inputs).to(device)).logits
         labels = torch.from_numpy(targets).to(device)
         loss = F.cross_entropy(
@@ -332,12 +332,12 @@ def make_lanes(
             models[seed] = build_model(settings, corpus, seed)
         if not settings.compiled:
             model = copy.deepcopy(models[seed]).to(device)
-            return TorchLane(settings.lane(name), model, settings, corpus.heldout, seed)
+            return TorchLane(settings.lane(name), model, settings, corpus, seed)
         if name not in made:
             made.clear()
             gc.collect()  # modules and their graphs, which refer to each other
             model = copy.deepcopy(models[seed]).to(device)
-            made[name] = CompiledLane(settings.lane(name), model, settings, corpus.heldout, seed)
+            made[name] = CompiledLane(settings.lane(name), model, settings, corpus, seed)
         made[name].restart(models[seed].state_dict(), seed)
         return made[name]
 
