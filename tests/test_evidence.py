@@ -213,8 +213,60 @@ def test_sources_are_texts_of_their_kind_once(texts, tmp_path):
     }
 
 
+def test_summaries_are_pairs_of_code_and_first_paragraph(texts):
+    source = (
+        "class A:\r\n"
+        "    @staticmethod\r\n"
+        "    def mean(values):\r\n"
+        '        """The mean\r\n'
+        "        of values.\r\n"
+        "\r\n"
+        '        All of them."""\r\n'
+        "        def inner(x):\r\n"
+        '            """Twice what is given."""\r\n'
+        "            y = x + x\r\n"
+        "            return y\r\n"
+        "        return inner(sum(values)) / '\\d'\r\n"
+    )
+    seen = set()
+    assert [json.loads(line) for line in texts.summaries(source, seen).splitlines()] == [
+        {
+            "prompt": "@staticmethod\n"
+            "def mean(values):\n"
+            "    def inner(x):\n"
+            '        """Twice what is given."""\n'
+            "        y = x + x\n"
+            "        return y\n"
+            "    return inner(sum(values)) / '\\d'\n"
+            '"""',
+            "completion": "The mean of values.",
+        }
+    ]
+    assert texts.summaries(source, seen) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "docstring", "taken"),
+    [
+        ("mean", '"The mean of values."', True),
+        ("mean", '"The mean of values."; values = list(values)', False),
+        ("test_mean", '"The mean of values."', False),
+        ("__call__", '"The mean of values."', False),
+        ("mean", '"The mean."', False),
+        ("mean", '"The mean \u03bc of values."', False),
+        ("mean", '"The mean of values."\n    ' + "#" * 2000, False),
+        ("mean", "pass", False),
+        ("1", '"The mean of values."', False),
+    ],
+)
+def test_summaries_leave_out_what_has_none_or_is_no_such_pair(texts, name, docstring, taken):
+    code = "    total = sum(values)\n    return total / len(values)\n"
+    source = f"def {name}(values):\n    {docstring}\n{code}"
+    assert bool(texts.summaries(source, set())) == taken
+
+
 def test_another_text_is_refused(texts, tmp_path, monkeypatch):
-    for name in ("python", "cpp", "clients"):
+    for name in ("python", "cpp", "clients", "summaries"):
         (tmp_path / name).mkdir()
     (tmp_path / "python" / "a.py").write_text("a = 1\n")
     monkeypatch.setattr(sys, "argv", ["texts.py", str(tmp_path)])
@@ -227,7 +279,7 @@ def test_another_text_is_refused(texts, tmp_path, monkeypatch):
 
 
 def test_every_wheel_is_pinned_with_its_licence():
-    for name in ("python", "cpp", "clients"):
+    for name in ("python", "cpp", "clients", "summaries"):
         lines = (EVIDENCE / f"texts_{name}.txt").read_text().splitlines()
         pins = [line for line in lines if not line.startswith("#")]
         assert len(pins) > 10

