@@ -24,12 +24,16 @@ from cggr.spec.schedule import ONE, token_ratio
 FOLDER = Path(__file__).parent / "assets"
 HARD, CHOSEN, UNUSED = "#e65a14", "#1f5fbf", "#c8c8c8"  # as `cggr show` has them
 RESULTS = (
-    ("completions", "completions alone"),
+    ("summaries", "summaries of functions"),
+    ("completions", "last quarters of code"),
     ("memory", "the same, in 12 GiB"),
     ("noise", "30 % noise"),
+    ("noise_apart", "the same, a reference of other packages"),
     ("clients_wide", "a known text"),
     ("scratch", "from scratch"),
     ("original", "the race of cggr 0.5.0"),
+    ("original-tokens", "the same, of tokens"),
+    ("schedule", "a changing ratio"),
 )
 RULES = ("topk", "stratified", "sequence_aware", "importance", "random")
 
@@ -73,7 +77,7 @@ def step() -> Figure:
 
 def schedule() -> Figure:
     """The ratio over a run, at three confidences, and the slots that hold a selection."""
-    config = RoutingConfig(min_tokens_ratio=0.25, warmup_steps=1000)
+    config = RoutingConfig(min_tokens_ratio=0.25, warmup_steps=1000, dynamic_threshold=True)
     steps = np.arange(0, 1501, 10)
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
@@ -137,8 +141,8 @@ def splits() -> Figure:
 def evidence() -> Figure:
     """Final held-out losses of every lane and seed, each lane at its best learning rate."""
     tables = _tables()
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(3, 2).flat, RESULTS, strict=True):
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(5, 2).flat, RESULTS, strict=True):
         raced = tables.lanes_of(tables.results_of(name))
         best = {lane: found.best for lane, found in raced.items()}
         order = sorted(best, key=lambda lane: -best[lane].loss)

@@ -52,20 +52,19 @@ class Setting(NamedTuple):
 
 SUMMARY = (
     Setting(
-        "(b) fine-tuning on completions, 368 M parameters, 20 s",
-        Way("completions", "dense"),
-        Way("completions", "backward completions", '`split="backward"`, all completions'),
+        "(b) fine-tuning on summaries of functions, 368 M parameters, 20 s",
+        Way("summaries", "dense", "of summaries alone"),
+        Way("summaries", "backward completions", '`split="backward"`, all summaries'),
     ),
     Setting(
         "",
-        Way("completions", "dense"),
-        Way("completions", "backward importance 0.50", "half of their tokens, `importance`"),
-        Way("completions", "backward random 0.50"),
+        Way("summaries", "dense with prompts", "of functions too"),
+        Way("summaries", "backward completions", "the same"),
     ),
     Setting(
-        "the same, CGGR in 16 s",
-        Way("completions", "dense"),
-        Way("completions-16s", "backward completions", "all completions"),
+        "on the last quarter of sequences of code, 368 M, 20 s",
+        Way("completions", "dense", "of that quarter"),
+        Way("completions", "backward completions", '`split="backward"`, all of it'),
     ),
     Setting(
         "(d) the same in 12 GiB, 20 s",
@@ -73,10 +72,16 @@ SUMMARY = (
         Way("memory", "token completions in 2 parts", '`split="token"`, of 32, in {gib:.1f} GiB'),
     ),
     Setting(
-        "(c) from scratch, 30 % of the lines noise, 97 M, 20 s",
+        "(c) from scratch, 30 % noise, 97 M, 20 s, by a reference of the same text without",
         Way("noise", "dense half batch", "half of the batch"),
         Way("noise", "backward excess top-k 0.70", "0.7 of the tokens, `excess_loss`"),
         Way("noise", "backward random 0.70"),
+    ),
+    Setting(
+        "by a reference of other packages",
+        Way("noise_apart", "dense"),
+        Way("noise_apart", "backward excess top-k 0.70", "0.7 of the tokens, `excess_loss`"),
+        Way("noise_apart", "backward random 0.70"),
     ),
     Setting(
         "fine-tuning on a text that it soon knows, 368 M, 20 s",
@@ -97,9 +102,9 @@ SUMMARY = (
     ),
     Setting(
         "(e) the race of cggr 0.5.0, 368 M, 12 s",
-        Way("original", "dense"),
-        Way("original", "sequence top-k combined 0.25", "a quarter of the sequences, `topk`"),
-        Way("original", "sequence random 0.25"),
+        Way("original-tokens", "dense"),
+        Way("original-tokens", "token importance 0.25", "a quarter of the tokens, `importance`"),
+        Way("original-tokens", "token random 0.25"),
     ),
 )
 

@@ -31,9 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class RoutingConfig:
     """Which tokens to learn from; immutable and hashable, so it can be a static argument of jit.
 
-    Names and defaults are those of cggr 0.5.0 where it had them, but for `selection`: there it was
+    Names and defaults are those of cggr 0.5.0 where it had them, but for two. `selection` was
     ``"topk"``, which trains on another gradient than the dense loss's, and lost to random selection
-    by the default score.
+    by the default score. `dynamic_threshold` was on, and lost at equal time.
 
     Args:
         scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,
@@ -84,7 +84,7 @@ class RoutingConfig:
     min_tokens_ratio: float = 0.25
     max_eligible_ratio: float = 1.0
     warmup_steps: int = 1000
-    dynamic_threshold: bool = True
+    dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
@@ -137,12 +137,15 @@ class RoutingConfig:
         """Options that were ahead of dense training at equal time, for what they are for.
 
         - ``"completions"``: all tokens that have labels, where prompts have none. Nothing is
-          scored. Needs `max_eligible_ratio`: with ``split="token"`` the longest completion's part
-          of its sequence, with ``"backward"`` the completions' part of any batch. What has no label
-          costs no backward pass there; ``split="sequence"`` trains on everything.
+          scored. Was ahead of dense training on the same tokens; where prompts can teach too,
+          dense training on both may be ahead of that. Needs `max_eligible_ratio`: with
+          ``split="token"`` the longest completion's part of its sequence, with ``"backward"`` the
+          completions' part of any batch. What has no label costs no backward pass there;
+          ``split="sequence"`` trains on everything.
         - ``"noisy"``: the 0.7 of the tokens whose loss is most in excess of a reference model's,
-          where about 0.3 of a text cannot be learned. Needs `reference_nll` with every batch; was
-          raced by ``split="backward"``.
+          where about 0.3 of a text cannot be learned. Needs `reference_nll` with every batch, of a
+          reference that knows such text: by one that had read another, dense training was ahead.
+          Was raced by ``split="backward"``.
 
         There is none for training from scratch, where dense training was ahead of all that was
         raced.
