@@ -141,7 +141,8 @@ class Study:
                 self.say(f"{setting}: not raced, there is no runs/{model}/model")
                 return
         lanes = list(options_of(setting)["lanes"])[: self.first]
-        self.compile(gpu, setting, lanes)
+        if options_of(setting).get("compiled"):
+            self.compile(gpu, setting, lanes)
         config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
         done = self.call(gpu, setting, *config, f"--lanes={','.join(lanes)}", *self.extra)
         self.say(f"{setting}: {'raced' if done else 'stopped'}")
