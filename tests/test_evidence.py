@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import models
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,6 +20,8 @@ from rich.console import Console
 
 from cggr.cli import main
 from cggr.race.summary import LaneSummary
+from cggr.race.text import Document
+from cggr.race.tokens import train_tokenizer
 from cggr.torch import CGGRModel
 
 EVIDENCE = Path(__file__).parents[1] / "benchmarks" / "evidence"
@@ -575,3 +578,53 @@ def test_uniform_draws_are_worth_their_ratio_less_the_layers_that_are_left_out(n
     assert worth["everything"] == pytest.approx(0.5, abs=0.07)
     assert noise.predicted(noise.Way("random", 0.5, "everything"), []) == "0.500"
     assert all(0.25 < x < 0.65 for x in worth.values())
+
+
+@pytest.fixture
+def left_out():
+    yield load("left_out")
+    del sys.modules["left_out"]
+
+
+def test_which_tokens_are_noise(left_out):
+    clean = [Document(f"{i}.py", f"first line {i}\n    second line\n\nlast") for i in range(8)]
+    noisy = [
+        Document(item.name, item.text.replace("second line", "zebra fox")) for item in clean[:4]
+    ] + clean[4:]
+    tokenizer = train_tokenizer([item.text for item in (*clean, *noisy)], 300)
+    ids, is_noise = left_out.noisy_stream(tokenizer, 5, clean, noisy, 10_000)
+    assert (ids == 5).sum() == 8
+    words = [tokenizer.decode([token]) for token in ids[is_noise].tolist()]
+    # The line's own end is part of it; the white space before it is, where its token ends in it.
+    assert "".join(words).split() == ["zebra", "fox"] * 4
+    assert "zebra" not in tokenizer.decode(ids[~is_noise].tolist())
+    few, _ = left_out.noisy_stream(tokenizer, None, clean, noisy, 1)
+    assert 0 < len(few) < len(ids) / 4
+
+
+def test_what_is_left_out_is_what_is_least_in_excess(left_out):
+    excess = np.arange(10, dtype=np.float32).reshape(2, 5)
+    is_noise = np.array([[True, True, False, False, True], [False] * 5])
+    # 0, 1 and 2 are left out: two of the three of noise, and one of the seven others.
+    assert left_out.left_out(excess, is_noise, 0.625) == (
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 7),
+    )
+
+
+def test_a_reference_of_other_tokens_is_refused(left_out, tmp_path, monkeypatch, capsys):
+    for name, size in (("model", 290), ("reference", 300)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+        train_tokenizer(["some words of a text"] * 9, size).save(
+            str(tmp_path / name / "tokenizer.json")
+        )
+    arguments = ["--model", str(tmp_path / "model"), "--reference", str(tmp_path / "reference")]
+    for more, message in (
+        ([], "its tokenizer is not that of --model"),
+        (["--noise", "0"], "--noise must be in (0, 1), got 0.0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["left_out.py", *arguments, *more])
+        with pytest.raises(SystemExit):
+            left_out.main()
+        assert message in capsys.readouterr().err

@@ -74,7 +74,10 @@ def head(shape=SHAPE, classes=CLASSES, seed=0, ignored=0.2, dtype="float32"):
 
 
 def config_of(**options):
-    return RoutingConfig(**{"warmup_steps": 0, "min_tokens_ratio": 0.3, "seed": 11} | options)
+    return RoutingConfig(
+        **{"warmup_steps": 0, "dynamic_threshold": True, "min_tokens_ratio": 0.3, "seed": 11}
+        | options
+    )
 
 
 def true_selection(logits, targets, config, *, step=0, draw=0, reference_nll=None):

@@ -144,7 +144,7 @@ def test_a_whole_step_compiles_once_a_bucket_and_sends_nothing(compilations):
 
 
 def test_at_most_four_capacities_over_a_thousand_warm_up_steps():
-    model = CGGRModel(Bigram(table()), warmup_steps=1000)
+    model = CGGRModel(Bigram(table()), warmup_steps=1000, dynamic_threshold=True)
     traced = []
 
     @nnx.jit
@@ -264,7 +264,8 @@ def test_the_random_control_scores_nothing():
     model = CGGRModel(Bigram(table()), Refusing(table()), selection="random", **FIXED)
     assert np.isfinite(forward(model, ids, labels))
     assert "avg_entropy" not in model.get_metrics()
-    adaptive = CGGRModel(Bigram(table()), Refusing(table()), selection="random")
+    options = {"selection": "random", "dynamic_threshold": True}
+    adaptive = CGGRModel(Bigram(table()), Refusing(table()), **options)
     with pytest.raises(AssertionError, match="the router ran"):
         adaptive(ids, labels=labels)
 

@@ -25,7 +25,13 @@ def shifted(labels):
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("selection", truth.SELECTIONS)
 def test_difficulty_and_mask_are_the_truths(selection, scope):
-    options = {"selection": selection, "scope": scope, "warmup_steps": 4, "min_tokens_ratio": 0.3}
+    options = {
+        "selection": selection,
+        "scope": scope,
+        "warmup_steps": 4,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.3,
+    }
     scorer = CGGRScorer(Bigram(TABLE), **options)
     scorer.set_step(3)
     targets = shifted(LABELS)

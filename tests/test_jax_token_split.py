@@ -666,7 +666,12 @@ def test_the_ratio_follows_the_schedule_and_the_confidence():
     ids, labels, _ = batch_of()
     model = rotary()
     targets = targets_of(labels, np.ones_like(labels))
-    options = {"selection": "topk", "warmup_steps": 10, "min_tokens_ratio": 0.25}
+    options = {
+        "selection": "topk",
+        "warmup_steps": 10,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.25,
+    }
     routed = CGGRModel(model, split="token", **options)
     confidence = truth.statistics(np.asarray(model(ids)), targets)["confidence"]
     for step in (0, 4, 8, 10):

@@ -119,7 +119,7 @@ def test_every_constructor_keyword_of_0_5_0():
         base_loss=nn.CrossEntropyLoss(reduction="none"),
         **shared,
     )
-    assert criterion.config == cggr.RoutingConfig(selection="fixed_quota")
+    assert criterion.config == cggr.RoutingConfig(selection="fixed_quota", dynamic_threshold=True)
     router = nn.Embedding(5, 5)
     assert CGGRScorer(router=router, **shared).config == criterion.config
     assert CGGRModel(model=nn.Embedding(5, 5), router=router, **shared).config == criterion.config

@@ -267,6 +267,8 @@ def test_pairs_are_prepared_once(tmp_path, monkeypatch):
     assert len(raw.training) > len(first.training)
     monkeypatch.setattr(tokens, "encode_pairs", None)
     again = tokens.prepare(split, vocab_size=300, pairs=True, cache=tmp_path)
+    assert first.heldout_bytes == sum(len(f"say {i}: {i}") for i in range(30, 40))
+    assert again.heldout_bytes == first.heldout_bytes
     decode = Tokenizer.from_str(first.tokenizer).decode
     for found in (first, again):
         for ids, labels, start, stop in (
@@ -287,6 +289,8 @@ def test_pairs_are_prepared_once(tmp_path, monkeypatch):
         '{"prompt": "a"}',
         '{"prompt": 1, "completion": "a"}',
         '{"prompt": "a", "completion": ""}',
+        '{"prompt": "\\ud800", "completion": "a"}',
+        "[" * 100_000,
     ],
 )
 def test_a_line_that_is_no_pair_is_named(line):
@@ -298,7 +302,7 @@ def test_a_line_that_is_no_pair_is_named(line):
         next(found)
     assert str(error.value) == (
         "--pairs: line 3 of x.jsonl must be a JSON object of two texts, "
-        f'"prompt" and "completion", the latter not empty, got {line}'
+        f'"prompt" and "completion", the latter not empty, got {line[:60]}'
     )
 
 
@@ -309,6 +313,16 @@ def test_a_file_of_pairs_is_cut_between_lines():
     (training,), (heldout,) = split.training, split.heldout
     assert training.text + heldout.text == document.text
     assert heldout.text == line * 5
+    assert split.notes == ("The last 5.0% of x.jsonl are held out.",)
+
+
+def test_of_few_pairs_as_much_is_held_out_as_is_said():
+    lines = [json.dumps({"prompt": "a", "completion": letter * 500}) + "\n" for letter in "bc"]
+    split = text.split_documents([Document("x.jsonl", "".join(lines))], by_line=True)
+    assert [document.text for document in (*split.training, *split.heldout)] == lines
+    assert split.notes == ("The last 50.0% of x.jsonl are held out.",)
+    with pytest.raises(RaceError, match=r"^--pairs needs two pairs at least, "):
+        text.split_documents([Document("x.jsonl", lines[0])], by_line=True)
 
 
 def test_labels_are_cut_as_their_tokens_are():

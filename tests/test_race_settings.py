@@ -171,10 +171,43 @@ def test_slots_are_made_for_what_prompts_leave():
     settings = dataclasses.replace(settings, tables=tables, lanes=("mine", "cggr"))
     assert settings.lane("mine").routing(seed=0).capacity(0, 16, 10) == 48
     assert settings.lane("cggr").routing(seed=0).capacity(0, 16, 10) == 12
-    tables = {"mine": {"max-eligible-ratio": 0.2}, "all": {"learns-prompts": True}}
+    tables = {"mine": {"max-eligible-ratio": 0.4}, "all": {"learns-prompts": True}}
     settings = dataclasses.replace(settings, tables=tables, lanes=("mine", "all"))
-    assert settings.lane("mine").routing(seed=0).max_eligible_ratio == 0.2
+    assert settings.lane("mine").routing(seed=0).max_eligible_ratio == 0.4
     assert settings.lane("all").routing(seed=0).max_eligible_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"max-eligible-ratio": 0.2},
+            (
+                "lane mine: max_eligible_ratio must be at least 0.3, the part that has labels by "
+                "--prompt, got 0.2"
+            ),
+        ),
+        (
+            {"learns-prompts": True, "max-eligible-ratio": 0.5},
+            (
+                "lane mine: max_eligible_ratio must be at least 1, the part that has labels by "
+                "--prompt, got 0.5"
+            ),
+        ),
+    ],
+)
+def test_labels_of_prompts_known_beforehand_have_slots(table, message):
+    with pytest.raises(RaceError) as error:
+        RaceSettings(
+            budget=SECONDS, sequence_length=10, prompt=0.7, tables={"mine": table}, lanes=("mine",)
+        )
+    assert str(error.value) == message
+
+
+def test_who_learns_prompts_must_have_some():
+    tables = {"mine": {"learns-prompts": True}}
+    with pytest.raises(RaceError, match=r"^lane mine: learns_prompts needs --prompt or --pairs"):
+        RaceSettings(budget=SECONDS, tables=tables, lanes=("mine",))
 
 
 @pytest.mark.parametrize(

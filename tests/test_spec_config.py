@@ -15,7 +15,7 @@ from cggr import RoutingConfig
 from cggr.spec.schedule import ONE, ceil_share, token_count
 
 
-def test_defaults_are_those_of_cggr_0_5_0_but_for_the_selection():
+def test_defaults_are_those_of_cggr_0_5_0_but_for_two():
     assert dataclasses.asdict(RoutingConfig()) == truth.DEFAULTS
 
 

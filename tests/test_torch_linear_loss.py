@@ -78,7 +78,13 @@ def test_equals_the_loss_of_the_logits(chunks_of, selection, head_name, scope, r
     chunks_of(rows_per_chunk, CLASSES)
     head_options = dict(HEADS[head_name])
     hidden, weight, bias, targets = inputs(bias=head_options.pop("bias", False))
-    options = {"selection": selection, "scope": scope, "warmup_steps": 0, "min_tokens_ratio": 0.3}
+    options = {
+        "selection": selection,
+        "scope": scope,
+        "warmup_steps": 0,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.3,
+    }
     other = copies(hidden, weight, bias)
     want = CGGRLoss(**options)(head(*other, **head_options), targets)
     want.backward()

@@ -88,7 +88,7 @@ def test_value_and_gradient(selection, scope, reduction, num_items):
 
 @pytest.mark.parametrize("scoring", ["entropy", "margin", "loss", "combined", "error_norm"])
 def test_every_score_selects_what_the_equations_say(scoring):
-    options = {"scoring": scoring, "warmup_steps": 0}
+    options = {"scoring": scoring, "warmup_steps": 0, "dynamic_threshold": True}
     logits, targets = batch(seed=3)
     criterion = CGGRLoss(**options)
     criterion(logits, targets).backward()
@@ -97,7 +97,12 @@ def test_every_score_selects_what_the_equations_say(scoring):
 
 
 def test_tokens_without_batch_are_one_sequence():
-    options = {"selection": "stratified", "warmup_steps": 0, "scope": "sequence"}
+    options = {
+        "selection": "stratified",
+        "warmup_steps": 0,
+        "dynamic_threshold": True,
+        "scope": "sequence",
+    }
     logits, targets = batch()
     flat_logits = logits.detach().reshape(-1, CLASSES).requires_grad_()
     flat_targets = targets.reshape(-1)
@@ -302,7 +307,7 @@ def test_one_token_one_sequence(selection, shape, capacity):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(*shape, CLASSES, generator=generator, requires_grad=True)
     targets = torch.randint(0, CLASSES, shape, generator=generator)
-    options = {"selection": selection, "warmup_steps": 0}
+    options = {"selection": selection, "warmup_steps": 0, "dynamic_threshold": True}
     loss = CGGRLoss(**options, capacity=capacity)(logits, targets)
     loss.backward()
     chosen, _, _ = true_selection(logits, targets, options)
@@ -536,7 +541,12 @@ def test_static_capacity_takes_at_most_four_sizes_and_follows_the_truth():
 
 @pytest.mark.parametrize("selection", ["topk", "fixed_quota"])
 def test_step_lowers_the_ratio_as_the_schedule_says(selection):
-    options = {"selection": selection, "warmup_steps": 12, "min_tokens_ratio": 0.2}
+    options = {
+        "selection": selection,
+        "warmup_steps": 12,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.2,
+    }
     criterion = CGGRLoss(**options)
     for step in range(15):
         logits, targets = batch(seed=step)
@@ -622,7 +632,12 @@ def test_the_state_is_two_integer_counters():
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_metrics(selection):
-    options = {"selection": selection, "scoring": "combined", "warmup_steps": 50}
+    options = {
+        "selection": selection,
+        "scoring": "combined",
+        "warmup_steps": 50,
+        "dynamic_threshold": True,
+    }
     logits, targets = batch()
     criterion = CGGRLoss(**options)
     assert criterion.get_metrics() == {}

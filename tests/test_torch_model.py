@@ -333,7 +333,9 @@ def test_the_random_control_pays_for_no_score():
     metrics = wrapped.get_metrics()
     assert metrics["tokens_selected"] == 18
     assert "avg_difficulty" not in metrics  # nothing was scored
-    adaptive = CGGRModel(Recorder(), router, selection="random", warmup_steps=0)
+    adaptive = CGGRModel(
+        Recorder(), router, selection="random", warmup_steps=0, dynamic_threshold=True
+    )
     adaptive(ids, labels=ids)
     assert len(router.calls) == 1  # the dynamic threshold needs the confidence
 
@@ -344,6 +346,7 @@ def test_the_random_control_pays_for_no_score():
 @pytest.mark.parametrize("selection", ["topk", "stratified", "importance"])
 def test_static_capacity_equals_exact_capacity_in_at_most_four_sizes(selection):
     options = {"selection": selection, "min_tokens_ratio": 0.2, "warmup_steps": 12}
+    options["dynamic_threshold"] = True
     losses, sizes, grads = {}, {}, {}
     for capacity in ("exact", "static"):
         model = models.build("llama")

@@ -105,7 +105,13 @@ def test_the_usage_of_cggr_0_5_0():
 @pytest.mark.parametrize("selection", truth.SELECTIONS)
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_labels_are_shifted_for_causal_models(selection, scope):
-    options = {"selection": selection, "scope": scope, "warmup_steps": 10, "seed": 3}
+    options = {
+        "selection": selection,
+        "scope": scope,
+        "warmup_steps": 10,
+        "dynamic_threshold": True,
+        "seed": 3,
+    }
     router, labels = Table(), ids_of(seed=2)
     labels[1, :4] = -100
     scorer = CGGRScorer(router, **options)

@@ -107,7 +107,12 @@ def test_the_gradient_is_that_of_constant_unselected_keys_and_values(name, atten
 @pytest.mark.parametrize("selection", truth.SELECTIONS)
 def test_every_rule_selects_inside_the_sequences(selection, capacity, selections):
     model = build("llama")
-    options = {"selection": selection, "min_tokens_ratio": 0.3, "warmup_steps": 0}
+    options = {
+        "selection": selection,
+        "min_tokens_ratio": 0.3,
+        "warmup_steps": 0,
+        "dynamic_threshold": True,
+    }
     wrapped = CGGRModel(model, capacity=capacity, **options)
     for seed in range(2):
         ids = models.token_ids(3, 13, seed=seed)

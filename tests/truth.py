@@ -20,7 +20,7 @@ DEFAULTS = {
     "min_tokens_ratio": 0.25,
     "max_eligible_ratio": 1.0,
     "warmup_steps": 1000,
-    "dynamic_threshold": True,
+    "dynamic_threshold": False,
     "threshold_sensitivity": 0.5,
     "num_strata": 4,
     "min_tokens_per_sequence": 1,

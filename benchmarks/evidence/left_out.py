@@ -1,11 +1,12 @@
 """What the excess loss leaves out of a text with noise: noise, or text?
 
-    python benchmarks/evidence/left_out.py --model runs/noise/model --reference runs/reference/model
+    python benchmarks/evidence/left_out.py --model runs/noisy/model --reference runs/same/model
 
-Of batches of a training text with noise, as ``cggr race --noise`` has it, a model and each
-reference have their losses. ``topk`` of their difference leaves a part of the tokens out, which is
-to be the noise, of which nothing can be learned. Printed is which part of the noise is left out,
-and which of the text; a reference that cannot tell one from the other leaves out as much of both.
+with the models of docs/evidence.md. Of batches of a training text with noise, as ``cggr race
+--noise`` has it, a model and each reference have their losses. ``topk`` of their difference leaves
+a part of the tokens out, which is to be the noise, of which nothing can be learned. Printed is
+which part of the noise is left out, and which of the text; a reference that cannot tell one from
+the other leaves out as much of both.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from cggr.race import pretrained, text, tokens
+from cggr.race.settings import RaceError
 from cggr.race.torch_lanes import find_device, load_folder
 from cggr.spec import RoutingConfig, select_tokens
 
@@ -33,9 +35,14 @@ Flags = npt.NDArray[np.bool_]
 
 
 def noisy_stream(
-    tokenizer: Tokenizer, clean: Sequence[text.Document], noisy: Sequence[text.Document], size: int
+    tokenizer: Tokenizer,
+    end_of_text: int | None,
+    clean: Sequence[text.Document],
+    noisy: Sequence[text.Document],
+    size: int,
 ) -> tuple[tokens.Tokens, Flags]:
     """Ids of documents with noise, as many as suffice for `size`, and whether each is noise."""
+    separator = [] if end_of_text is None else [end_of_text]
     ids: list[int] = []
     flags: list[bool] = []
     pairs = list(zip(clean, noisy, strict=True))
@@ -46,8 +53,10 @@ def noisy_stream(
         encoding = tokenizer.encode(after.text, add_special_tokens=False)
         # A token that begins in the white space before a line belongs to that line, where it ends.
         last = np.array([max(begin, end - 1) for begin, end in encoding.offsets], dtype=np.int64)
-        ids += encoding.ids
-        flags += is_noise[np.searchsorted(ends, last, side="right")].tolist()
+        ids += separator + encoding.ids
+        flags += [False] * len(separator) + is_noise[
+            np.searchsorted(ends, last, side="right")
+        ].tolist()
         if len(ids) >= size:
             break
     return np.array(ids, dtype=np.int32), np.array(flags)
@@ -90,14 +99,29 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batches", type=int, default=16)
     options = parser.parse_args()
+    for name in ("noise", "ratio"):
+        if not 0 < getattr(options, name) < 1:
+            parser.error(f"--{name} must be in (0, 1), got {getattr(options, name)}")
+    try:
+        measure(options)
+    except RaceError as error:
+        parser.error(str(error))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """The same, of options that are in their range."""
     device = find_device("auto")
-    tokenizer, _ = pretrained.load_tokenizer(options.model)
+    tokenizer, end_of_text = pretrained.load_tokenizer(options.model)
+    for folder in options.reference:
+        other, _ = pretrained.load_tokenizer(folder, "--reference")
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise RaceError(f"--reference {folder}: its tokenizer is not that of --model")
     split = text.split_documents(*text.read_documents(options.text or [Path("texts/python")]))
     noisy = text.with_noise(split, options.noise)
     shape = {"batch_size": options.batch_size, "sequence_length": options.length}
     # Ten times what is read, so that batches are of many documents.
     size = 10 * options.batches * options.batch_size * options.length
-    ids, is_noise = noisy_stream(tokenizer, split.training, noisy.training, size)
+    ids, is_noise = noisy_stream(tokenizer, end_of_text, split.training, noisy.training, size)
     place = np.arange(len(ids), dtype=np.int32)
     index = [tokens.batches(place, **shape, seed=0)(step).ids for step in range(options.batches)]
     noise_KBT = np.stack([is_noise[where][:, 1:] for where in index])

@@ -93,7 +93,7 @@ def cggr_loss(
         >>> logits, targets = jnp.zeros((2, 8, 100)), jnp.zeros((2, 8), jnp.int32)
         >>> loss, metrics = cggr_loss(logits, targets, config, step=0)
         >>> round(loss.item(), 4), metrics["tokens_selected"].item()
-        (4.6052, 6)
+        (4.6052, 4)
     """
     logits, targets = _checked(logits, targets, config)
     statistics = token_statistics(logits, targets, ignore_index=config.ignore_index)
@@ -210,7 +210,7 @@ class CGGRLoss(_SelectiveLoss):
         >>> loss, gradient = nnx.value_and_grad(loss_fn)(head, criterion)
         >>> criterion.step()  # after optimizer.update(), outside jit
         >>> criterion.get_metrics()["tokens_selected"]
-        6
+        4
     """
 
     def __call__(

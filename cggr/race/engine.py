@@ -43,8 +43,8 @@ class Lane(Protocol):
     def end_turn(self) -> None:
         """Called after a turn's last step."""
 
-    def tokens_per_step(self) -> int:
-        """How many tokens the latest step learned from."""
+    def tokens_trained(self) -> int:
+        """How many tokens it has learned from since it was last asked."""
 
     def peak_memory(self) -> int | None:
         """Most device memory that the lane has needed, in bytes, where it can be measured."""
@@ -250,7 +250,7 @@ def _take_turn(
     """Trains for a second, or until an evaluation is due, and charges the lane for it."""
     due = _next_evaluation(run, settings)
     progress = _progress(run, settings.budget)
-    before, first_step = run.seconds, run.steps
+    before = run.seconds
     lane.begin_turn()
     lane.synchronize()
     start = clock()
@@ -264,5 +264,5 @@ def _take_turn(
     lane.synchronize()
     run.seconds = before + clock() - start
     lane.end_turn()
-    run.tokens_trained += (run.steps - first_step) * lane.tokens_per_step()
+    run.tokens_trained += lane.tokens_trained()
     run.peak_memory = lane.peak_memory()

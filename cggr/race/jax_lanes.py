@@ -68,7 +68,7 @@ class JaxLane:
             (parameters, ADAMW.init(parameters), counters), device
         )
         shape = (settings.lane_batch_size(lane.name), settings.sequence_length)
-        self._targets = 0
+        self._trained: Array = jnp.zeros((), jnp.int32)
         # Here, where no clock runs. JAX remembers: the second lane of a kind compiles nothing.
         self._step = _train_step.lower(
             self._definition,
@@ -88,8 +88,8 @@ class JaxLane:
 
     def train_step(self, batch: Batch, learning_rate: float) -> None:
         """One optimizer step on a batch of token ids; waits for the step before it."""
-        before, self._targets = self._loss, batch.targets
-        self.parameters, self.moments, self.counters, self._loss = self._step(
+        before = self._loss
+        self.parameters, self.moments, self.counters, self._loss, trained = self._step(
             self.parameters,
             self.moments,
             self.counters,
@@ -97,6 +97,7 @@ class JaxLane:
             batch.labels.astype(np.int32),
             np.float32(learning_rate),
         )
+        self._trained = self._trained + trained
         # One step ahead keeps the device busy. JAX would queue dozens: the clock and the learning
         # rate, which follows it, would be seconds late.
         before.block_until_ready()
@@ -122,12 +123,10 @@ class JaxLane:
             - plan.alias_size_in_bytes
         )
 
-    def tokens_per_step(self) -> int:
-        """Tokens that the latest step's loss was taken over."""
-        module = self.module
-        if isinstance(module, CGGRModel):
-            return int(module.get_metrics()["tokens_selected"])
-        return self._targets
+    def tokens_trained(self) -> int:
+        """Tokens that losses were taken over since it was last asked; waits for the device."""
+        trained, self._trained = int(self._trained), jnp.zeros((), jnp.int32)
+        return trained
 
     def save(self, folder: Path) -> None:
         """Settings refuse it."""
@@ -157,8 +156,8 @@ def _train_step(
     ids: Array,
     labels: Array,
     learning_rate: Array,
-) -> tuple[nnx.State, optax.OptState, nnx.State, Array]:
-    """Everything that a step changes, and its loss."""
+) -> tuple[nnx.State, optax.OptState, nnx.State, Array, Array]:
+    """Everything that a step changes, its loss, and over how many tokens that was taken."""
     module = nnx.merge(definition, parameters, counters)
     loss, gradients = nnx.value_and_grad(_loss)(module, ids, labels)
     # As torch.nn.utils.clip_grad_norm_ does.
@@ -170,7 +169,10 @@ def _train_step(
     if isinstance(module, CGGRModel):
         # What step() does on the host, but for the capacity: it changes in a warm-up only.
         module.step_count[...] += 1
-    return parameters, moments, nnx.state(module, nnx.Not(nnx.Param)), loss
+        trained = module.last_metrics["tokens_selected"][...]
+    else:
+        trained = jnp.sum(labels[:, 1:] != IGNORED, dtype=jnp.int32)
+    return parameters, moments, nnx.state(module, nnx.Not(nnx.Param)), loss, trained
 
 
 def _loss(module: Decoder | CGGRModel, ids: Array, labels: Array) -> Array:

@@ -44,8 +44,13 @@ def race(
     device = backend.find_device(settings.device)
     runtime = backend.runtime(device)
     with console.status("reading the text"):
+        documents, notes = text.read_documents(settings.text)
+        if settings.pairs:  # here, where a line has the number that it has in its file
+            for _ in text.pairs_of(documents):
+                pass
         split = text.split_documents(
-            *text.read_documents(settings.text),
+            documents,
+            notes,
             max_heldout_bytes=(
                 text.MAX_HELDOUT_PAIRS_BYTES if settings.pairs else text.MAX_HELDOUT_BYTES
             ),

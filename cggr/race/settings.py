@@ -107,7 +107,8 @@ class LaneSettings:
         num_strata: Of ``stratified``.
         warmup_steps: Steps over which the ratio falls to `ratio`.
         dynamic_threshold: More tokens while the model is unsure.
-        max_eligible_ratio: Fraction of each batch's tokens that have labels, by the race's prompts.
+        max_eligible_ratio: Fraction of a batch's tokens, or with ``token`` a sequence's, that have
+            labels at most. That of the race's prompts if not given; of pairs, 1.
         router_layers: Layers of the truncated router that scores; the whole model if None.
         batch_size: Sequences per batch; the race's if None.
         micro_batches: Parts of a batch that run one after the other, their gradients added.
@@ -362,6 +363,17 @@ class RaceSettings:
                 raise RaceError(
                     f"lane {way.name}: router_layers {layers} is more than the model's "
                     f"{self.layers} layers"
+                )
+            if way.learns_prompts and not (self.pairs or self.prompt_tokens):
+                raise RaceError(
+                    f"lane {way.name}: learns_prompts needs --prompt or --pairs, without which "
+                    "there are no prompts"
+                )
+            eligible = 1.0 if way.learns_prompts else self.max_eligible_ratio
+            if not self.pairs and way.max_eligible_ratio < eligible:
+                raise RaceError(
+                    f"lane {way.name}: max_eligible_ratio must be at least {eligible:g}, the part "
+                    f"that has labels by --prompt, got {way.max_eligible_ratio:g}"
                 )
             if way.scores_excess and self.reference is None:
                 raise RaceError(

@@ -10,6 +10,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -162,16 +163,21 @@ def pairs_of(documents: Sequence[Document]) -> Iterator[tuple[str, str]]:
                 continue
             try:
                 found = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = None
             found = found if isinstance(found, dict) else {}
             prompt, completion = found.get("prompt"), found.get("completion")
-            if not (isinstance(prompt, str) and isinstance(completion, str) and completion):
+            if not (_is_text(prompt) and _is_text(completion) and completion):
                 raise RaceError(
                     f"--pairs: line {number} of {document.name} must be a JSON object of two "
                     f'texts, "prompt" and "completion", the latter not empty, got {line[:60]}'
                 )
             yield prompt, completion
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it is text that can be written: JSON may have half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def with_noise(split: Split, fraction: float) -> Split:
@@ -211,7 +217,7 @@ def split_documents(
     max_heldout_bytes: int = MAX_HELDOUT_BYTES,
     by_line: bool = False,
 ) -> Split:
-    """Holds out whole files, 5 % of the text or 80 kB, whichever is less.
+    """Holds out whole files, 5 % of the text or so many bytes, whichever is less.
 
     The files are taken in the order of a hash of their names, so the choice is the same on every
     machine and independent of their content. Where every file is larger than that (a single file,
@@ -238,6 +244,11 @@ def split_documents(
         head = last.text.encode()[: last.size - size].decode(errors="ignore")
         if by_line:
             head = head[: head.rfind("\n") + 1]
+            size = last.size - len(head.encode())
+            if not head and not training:
+                raise RaceError(
+                    "--pairs needs two pairs at least, one to train on and one to hold out"
+                )
         training.append(Document(last.name, head))
         heldout.append(Document(last.name, last.text[len(head) :]))
         notes.append(f"The last {size / last.size:.1%} of {last.name} are held out.")

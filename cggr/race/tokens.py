@@ -162,7 +162,10 @@ def prepare(
     key = hashlib.sha256(f"2|{tokenizers.__version__}|{split.digest}|{recipe}".encode())
     folder = cache or Path(platformdirs.user_cache_dir("cggr", appauthor=False))
     path = folder / f"tokens-{key.hexdigest()[:32]}.npz"
-    heldout_bytes = sum(document.size for document in split.heldout)
+    if pairs:
+        heldout_bytes = sum(len("".join(pair).encode()) for pair in pairs_of(split.heldout))
+    else:
+        heldout_bytes = sum(document.size for document in split.heldout)
     if path.is_file():
         with np.load(path) as arrays:
             size, end = (int(value) for value in arrays["vocabulary"])

@@ -65,6 +65,7 @@ class TorchLane:
         self.corpus = corpus
         self.optimizer = self._new_optimizer()
         self._targets = 0
+        self._trained = torch.zeros((), dtype=torch.int64, device=self.device)
         self._allocated = 0
         self._peak = 0
         self.routed = self._route(seed)
@@ -127,9 +128,16 @@ class TorchLane:
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.routed is None:
             loss = self.model(**inputs, **self._items()).loss
+            self._trained += (inputs["labels"][:, 1:] != IGNORED).sum()
         else:
             loss = self.routed(**inputs, **self._items())
+            self._count()
         loss.backward()
+
+    def _count(self) -> None:
+        """Adds up what was selected, on the device."""
+        assert self.routed is not None
+        self._trained += self.routed.scorer.latest["tokens_selected"]
 
     def _items(self) -> dict[str, Any]:
         """What makes the loss of a micro-batch its part of the batch's."""
@@ -158,12 +166,11 @@ class TorchLane:
         """Weights, optimizer state, gradients and activations at their most, on CUDA."""
         return self._peak if self.device.type == "cuda" else None
 
-    def tokens_per_step(self) -> int:
-        """Tokens that the latest step's loss was taken over."""
-        if self.routed is None:
-            return self._targets
-        tokens = int(self.routed.get_metrics()["tokens_selected"])
-        return tokens * self.lane.micro_batches  # of which the last one is known
+    def tokens_trained(self) -> int:
+        """Tokens that losses were taken over since it was last asked; waits for the device."""
+        trained = int(self._trained)
+        self._trained.zero_()
+        return trained
 
     def evaluate(self) -> float:
         """Mean held-out loss, every token but the first, or the first prompt, predicted once."""
@@ -232,6 +239,7 @@ class CompiledLane(TorchLane):
         """Back to the first step, from these weights, with draws of this seed."""
         self.model.load_state_dict(weights)
         self.optimizer = self._new_optimizer()
+        self._trained.zero_()
         self.routed.set_step(0)
         self.routed.scorer.draw_count.fill_(DRAWS * seed)
 
@@ -244,10 +252,12 @@ class CompiledLane(TorchLane):
             with room_for_graphs():
                 loss = self.routed(**inputs, **self._items())
             loss.backward()
+            self._count()
             return
         if not self._steps:  # here, where no clock runs
             self._capture_all(inputs)
         self._captured(inputs)
+        self._count()
         # Two steps ahead keep the device busy. More, and the clock, which the learning rate
         # follows, would be late.
         self._ends.append(torch.cuda.Event())

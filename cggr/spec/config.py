@@ -137,8 +137,9 @@ class RoutingConfig:
         """Options that were ahead of dense training at equal time, for what they are for.
 
         - ``"completions"``: all tokens that have labels, where prompts have none. Nothing is
-          scored. Was ahead of dense training on the same tokens; where prompts can teach too,
-          dense training on both may be ahead of that. Needs `max_eligible_ratio`: with
+          scored. Was ahead of dense training on the same tokens of code, and level or a little
+          ahead with ``"backward"`` of summaries; where prompts can teach too, dense training on
+          both may be ahead of that. Needs `max_eligible_ratio`: with
           ``split="token"`` the longest completion's part of its sequence, with ``"backward"`` the
           completions' part of any batch. What has no label costs no backward pass there;
           ``split="sequence"`` trains on everything.
@@ -200,7 +201,7 @@ class RoutingConfig:
         Example:
             >>> config = RoutingConfig(min_tokens_ratio=0.25, warmup_steps=100)
             >>> [config.capacity_ratio(step) / schedule.ONE for step in (0, 50, 70, 90, 100)]
-            [1.0, 1.0, 0.75, 0.5, 0.375]
+            [1.0, 0.75, 0.5, 0.5, 0.25]
         """
         step = _integer("step", step)
         if step < 0:
@@ -226,7 +227,7 @@ class RoutingConfig:
 
         Example:
             >>> RoutingConfig(warmup_steps=0).capacity(0, batch=4, length=100)
-            150
+            100
             >>> completions = {"min_tokens_ratio": 1.0, "max_eligible_ratio": 0.25}
             >>> RoutingConfig(**completions).capacity(0, batch=4, length=100)
             100

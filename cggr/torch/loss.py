@@ -128,7 +128,7 @@ class CGGRLoss(_SelectiveLoss):
         >>> loss = criterion(logits, torch.zeros(2, 8, dtype=torch.long))
         >>> loss.backward()
         >>> round(loss.item(), 4), int((logits.grad != 0).any(dim=-1).sum())
-        (4.6052, 6)
+        (4.6052, 4)
         >>> criterion.step()  # after optimizer.step()
     """
 
