@@ -613,12 +613,11 @@ def test_what_is_left_out_is_what_is_least_in_excess(left_out):
 
 
 def test_a_reference_of_other_tokens_is_refused(left_out, tmp_path, monkeypatch, capsys):
-    for name, size in (("model", 290), ("reference", 300)):
+    for name in ("model", "reference"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
-        train_tokenizer(["some words of a text"] * 9, size).save(
-            str(tmp_path / name / "tokenizer.json")
-        )
+        tokenizer = train_tokenizer([f"some words of a {name}"] * 9, 300)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
     arguments = ["--model", str(tmp_path / "model"), "--reference", str(tmp_path / "reference")]
     for more, message in (
         ([], "its tokenizer is not that of --model"),
