@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import signal
 import sys
 import threading
@@ -150,6 +151,79 @@ def test_shorter_races_are_as_the_results_have_them(tables, budget):
     lanes = [best["summaries"][f"{split} completions"].loss for split in ("backward", "token")]
     dense = f"{best['summaries']['dense'].loss:.3f} " if budget == 20 else ""
     assert f"| {budget} s | {lanes[0]:.3f} | {lanes[1]:.3f} | {dense}|" in document
+
+
+BESIDE = {  # races that are compared with lanes of another
+    "completions-16s": "completions",
+    "completions-12s": "completions",
+    "memory": "completions",
+    "summaries-16s": "summaries",
+    "summaries-12s": "summaries",
+}
+
+
+def test_differences_in_the_documentation_are_those_of_the_results(tables):
+    documents = EVIDENCE.parents[1] / "docs"
+    races = (documents / "evidence.md").read_text().partition("## What a draw is worth")[0]
+    said = re.findall(r"(\d\.\d+) ± (\d\.\d+)", races)
+    assert len(said) > 15
+    found = set()
+    for file in tables.FOLDER.glob("*.json"):
+        best = [raced.best for raced in tables.lanes_of(tables.results_of(file.stem)).values()]
+        others = tables.lanes_of(tables.results_of(BESIDE.get(file.stem, file.stem))).values()
+        for lane in best:
+            for other in [*best, *(raced.best for raced in others)]:
+                if len(lane.curves) == len(other.curves) == 3:
+                    mean, error = tables.difference(lane, other)
+                    found |= {(f"{abs(mean):.{n}f}", f"{error:.{n}f}") for n in (2, 3)}
+    assert set(said) <= found
+
+
+def test_differences_are_of_seeds(tables, capsys, monkeypatch):
+    def race(name):
+        losses = {"dense": [3.0, 2.0, 1.0], "ours": [2.5, 2.0, 0.0], "one": [0.1]}
+        runs = [
+            {
+                "lane": lane,
+                "seed": seed,
+                "learning_rate": 0.1,
+                "complete": True,
+                "peak_memory": 1,
+                "curve": [
+                    {
+                        "seconds": 2.0,
+                        "steps": 100,
+                        "tokens_seen": 1,
+                        "tokens_trained": 1,
+                        "loss": loss + (name == "short"),
+                    }
+                ],
+            }
+            for lane, seeds in losses.items()
+            for seed, loss in enumerate(seeds)
+        ]
+        return {"runs": runs, "complete": True}
+
+    monkeypatch.setattr(tables, "results_of", race)
+
+    def printed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+        tables.main()
+        return capsys.readouterr().out.splitlines()
+
+    # Of 0.5, 0 and 1: deviations of half, and half over the root of three.
+    assert printed("long", "--against", "dense")[2:5] == [
+        "| lane | ahead of dense by | of each seed |",
+        "| --- | --- | --- |",
+        "| ours | 0.500 ± 0.289 | 0.500 0.000 1.000 |",
+    ]
+    assert printed("short", "--against", "long:dense")[4:6] == [
+        "| ours | -0.500 ± 0.289 | -0.500 -1.000 0.000 |",
+        "| dense | -1.000 ± 0.000 | -1.000 -1.000 -1.000 |",
+    ]
+    with pytest.raises(SystemExit):
+        printed("long", "--against", "nobody")
+    assert "--against: long has no lane 'nobody', but" in capsys.readouterr().err
 
 
 def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):

@@ -2,16 +2,19 @@
 
     python benchmarks/evidence/tables.py runs/completions/results.json
     python benchmarks/evidence/tables.py completions noise
+    python benchmarks/evidence/tables.py completions-16s --against completions:dense
     python benchmarks/evidence/tables.py --summary
 
 A name is that of a file in benchmarks/results/evidence, the results.json of a race; the summary is
-of those files.
+of those files. Differences are means over the seeds, with their standard errors: a seed's batches,
+and the weights that it begins with, are those of all lanes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +169,24 @@ def _row(raced: Raced) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def difference(lane: LaneSummary, other: LaneSummary) -> tuple[float, float]:
+    """By how much a lane's held-out loss is below another's: mean over seeds, and its error."""
+    ahead = other.final("loss") - lane.final("loss")
+    return float(ahead.mean()), float(ahead.std(ddof=1) / math.sqrt(len(ahead)))
+
+
+def differences(results: Mapping[str, Any], other: LaneSummary) -> list[str]:
+    """Lines of Markdown: lanes with as many seeds as the other, the lowest loss first."""
+    lanes = [raced.best for raced in lanes_of(results).values()]
+    lines = []
+    for lane in sorted(lanes, key=rank):
+        if lane != other and len(lane.final("loss")) == len(other.final("loss")) > 1:
+            mean, error = difference(lane, other)
+            seeds = " ".join(f"{ahead:.3f}" for ahead in other.final("loss") - lane.final("loss"))
+            lines.append(f"| {lane.lane} | {mean:.3f} ± {error:.3f} | {seeds} |")
+    return [f"| lane | ahead of {other.lane} by | of each seed |", "| --- | --- | --- |", *lines]
+
+
 def _gib(lane: LaneSummary) -> float:
     return (lane.peak_memory or 0) / 2**30
 
@@ -204,6 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="of results, or paths to a results.json")
     parser.add_argument("--summary", action="store_true", help="of all settings")
+    parser.add_argument(
+        "--against", metavar="[NAME:]LANE", help="print differences from this lane instead"
+    )
     options = parser.parse_args()
     if not options.names and not options.summary:
         parser.error("name results, or --summary")
@@ -213,7 +237,14 @@ def main() -> None:
         except FileNotFoundError as error:
             parser.error(f"there are no results {name}: {error.filename}")
         unfinished = "" if results["complete"] else " (not complete)"
-        print(f"{name}{unfinished}:\n", *table(results), "", sep="\n")
+        lines = table(results)
+        if options.against is not None:
+            race, _, lane = options.against.rpartition(":")
+            lanes = lanes_of(results_of(race or name))
+            if lane not in lanes:
+                parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(lanes)}")
+            lines = differences(results, lanes[lane].best)
+        print(f"{name}{unfinished}:\n", *lines, "", sep="\n")
     if options.summary:
         print(*summary(), sep="\n")
 
