@@ -165,7 +165,7 @@ BESIDE = {  # races that are compared with lanes of another
 def test_differences_in_the_documentation_are_those_of_the_results(tables):
     documents = EVIDENCE.parents[1] / "docs"
     races = (documents / "evidence.md").read_text().partition("## What a draw is worth")[0]
-    said = re.findall(r"(\d\.\d+) ± (\d\.\d+)", races)
+    said = re.findall(r"(\d\.\d+)\s+±\s+(\d\.\d+)", races)
     assert len(said) > 15
     found = set()
     for file in tables.FOLDER.glob("*.json"):
