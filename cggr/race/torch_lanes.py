@@ -143,8 +143,10 @@ class TorchLane:
         """What makes the loss of a micro-batch its part of the batch's."""
         if self.lane.micro_batches == 1:
             return {}
-        # A tensor: a number that is another in every step would be compiled anew.
-        return {"num_items_in_batch": torch.tensor(self._targets, device=self.device)}
+        n_items: int | torch.Tensor = self._targets
+        if self.device.type == "cpu":  # where a compiled step takes another number for another step
+            n_items = torch.tensor(n_items)
+        return {"num_items_in_batch": n_items}
 
     def synchronize(self) -> None:
         """Waits for the device."""
