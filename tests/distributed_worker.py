@@ -152,6 +152,7 @@ def train(split: str, *, empty: bool, average: bool, fsdp: bool) -> dict[str, fl
             fsdp=fsdp,
         )
         options = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.3}
+        options["dynamic_threshold"] = True
         ran = CGGRTrainer(build("llama"), args, train_dataset=data, routing=options | SPLITS[split])
         ran.train()
     model = build("llama").to(device)

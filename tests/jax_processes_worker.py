@@ -39,7 +39,12 @@ def main() -> None:
 
     decoder = Decoder()
     router = create_truncated_router(decoder, 1)
-    options = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.25}
+    options = {
+        "selection": "importance",
+        "warmup_steps": 2,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.25,
+    }
     model = CGGRModel(decoder, router, sharding=rows, **options)
     nnx.update(model, jax.tree.map(lambda x: everywhere(x, whole), nnx.state(model)))
 

@@ -226,6 +226,13 @@ def test_differences_are_of_seeds(tables, capsys, monkeypatch):
     assert "--against: long has no lane 'nobody', but" in capsys.readouterr().err
 
 
+def test_there_are_no_differences_from_what_is_not_there(tables, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "memory", "--against", "nothing:dense"])
+    with pytest.raises(SystemExit):
+        tables.main()
+    assert "there are no results " in capsys.readouterr().err
+
+
 def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
     losses = {"a": [1.0, 2.0], "b": [1.1, 1.9], "c": [0.9, 1.8]}
 
@@ -248,7 +255,7 @@ def test_the_summary_is_bold_where_every_seed_is_ahead(tables, monkeypatch):
 
 def test_there_are_no_tables_of_what_is_not_there(tables, capsys, monkeypatch):
     for arguments, message in (
-        (["nothing"], "there are no results nothing: "),
+        (["nothing"], "there are no results "),
         ([], "name results, or --summary"),
     ):
         monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])

@@ -114,7 +114,11 @@ def test_importance_is_unbiased():
 def test_a_whole_step_compiles_once_a_bucket_and_sends_nothing(compilations):
     steps, decoder = 60, Decoder()
     model = CGGRModel(
-        decoder, create_truncated_router(decoder, 1), selection="importance", warmup_steps=40
+        decoder,
+        create_truncated_router(decoder, 1),
+        selection="importance",
+        warmup_steps=40,
+        dynamic_threshold=True,
     )
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
 

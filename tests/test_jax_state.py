@@ -160,7 +160,9 @@ def test_copies_count_on_their_own():
 
 
 def test_metrics_say_what_the_last_training_forward_did():
-    criterion = CGGRLoss(selection="stratified", min_tokens_ratio=0.5, warmup_steps=0)
+    criterion = CGGRLoss(
+        selection="stratified", min_tokens_ratio=0.5, warmup_steps=0, dynamic_threshold=True
+    )
     assert criterion.get_metrics() == {}
     logits, targets = jnp.zeros((2, 8, 4)), jnp.zeros((2, 8), jnp.int32).at[0, 5:].set(-100)
     loss_of(criterion, logits, targets)

@@ -86,7 +86,13 @@ def random_head(seed, bias):
 
 
 def options_of(selection, scope):
-    return {"selection": selection, "scope": scope, "min_tokens_ratio": 0.3, "seed": 11}
+    return {
+        "selection": selection,
+        "scope": scope,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.3,
+        "seed": 11,
+    }
 
 
 def true_selection(logits, targets, options):

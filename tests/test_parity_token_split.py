@@ -73,6 +73,7 @@ def test_masks_losses_and_gradients_agree(rule, scoring, split, masks):
         "scoring": scoring,
         "min_tokens_ratio": 0.3,
         "warmup_steps": 4,
+        "dynamic_threshold": True,
         "seed": 7,
     }
     ours, theirs = make_both(split, options)

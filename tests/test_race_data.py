@@ -321,8 +321,19 @@ def test_of_few_pairs_as_much_is_held_out_as_is_said():
     split = text.split_documents([Document("x.jsonl", "".join(lines))], by_line=True)
     assert [document.text for document in (*split.training, *split.heldout)] == lines
     assert split.notes == ("The last 50.0% of x.jsonl are held out.",)
-    with pytest.raises(RaceError, match=r"^--pairs needs two pairs at least, "):
-        text.split_documents([Document("x.jsonl", lines[0])], by_line=True)
+    for one in (lines[0], f"\n\n{lines[0]}\n"):
+        with pytest.raises(RaceError, match=r"^--pairs needs two pairs at least, "):
+            text.split_documents([Document("x.jsonl", one)], by_line=True)
+
+
+def test_the_only_line_of_which_there_are_pairs_is_trained_on_or_held_out():
+    long, short = (
+        json.dumps({"prompt": "a", "completion": "b" * size}) + "\n" for size in (5_000, 20)
+    )
+    # The cut is within the first line, or within blank ones.
+    for first, second, blank in ((long, short, ""), (short, long, "\n" * 9_000)):
+        split = text.split_documents([Document("x.jsonl", first + second + blank)], by_line=True)
+        assert [document.text for document in (*split.training, *split.heldout)] == [first, second]
 
 
 def test_labels_are_cut_as_their_tokens_are():

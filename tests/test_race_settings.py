@@ -190,7 +190,7 @@ def test_slots_are_made_for_what_prompts_leave():
         (
             {"learns-prompts": True, "max-eligible-ratio": 0.5},
             (
-                "lane mine: max_eligible_ratio must be at least 1, the part that has labels by "
+                "lane mine: max_eligible_ratio must be at least 1.0, the part that has labels by "
                 "--prompt, got 0.5"
             ),
         ),

@@ -103,7 +103,13 @@ def test_the_check_of_graphs_finds_float64():
 )
 def test_losses_are_those_of_eager(kind, selection, scope):
     loss_class = CGGRLoss if kind == "logits" else CGGRLinearLoss
-    options = {"selection": selection, "scope": scope, "warmup_steps": 4, "min_tokens_ratio": 0.2}
+    options = {
+        "selection": selection,
+        "scope": scope,
+        "warmup_steps": 4,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.2,
+    }
     eager, module = (loss_class(**options, capacity="static") for _ in range(2))
     compiled = torch.compile(module, fullgraph=True, backend=aot_eager)
     steps = range(3, 7)
@@ -128,7 +134,7 @@ def test_losses_are_those_of_eager(kind, selection, scope):
 @pytest.mark.parametrize("kind", ["logits", "linear"])
 def test_no_recompilation_within_a_level(kind):
     loss_class = CGGRLoss if kind == "logits" else CGGRLinearLoss
-    options = {"selection": "stratified", "warmup_steps": 1000}
+    options = {"selection": "stratified", "warmup_steps": 1000, "dynamic_threshold": True}
     module = loss_class(**options, capacity="static")
     module.load_state_dict({"step_count": torch.tensor(10), "draw_count": torch.tensor(0)})
     compiled = torch.compile(module, fullgraph=True, backend=aot_eager)
@@ -175,7 +181,12 @@ def test_select_tokens(selection):
 
 @pytest.mark.slow
 def test_a_model_is_that_of_eager():
-    options = {"selection": "importance", "warmup_steps": 6, "min_tokens_ratio": 0.2}
+    options = {
+        "selection": "importance",
+        "warmup_steps": 6,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.2,
+    }
     steps = range(2, 9)
     results = []
     for compile_it in (False, True):
@@ -246,7 +257,12 @@ def test_a_model_that_something_watches_is_called_in_a_graph_too(changed):
 def test_all_passes_at_all_capacities_are_compiled(split):
     model = models.build("llama", layers=2)
     inner = torch.compile(model, dynamic=False, backend="eager")
-    options = {"capacity": "static", "min_tokens_ratio": 0.2, "warmup_steps": 8}
+    options = {
+        "capacity": "static",
+        "min_tokens_ratio": 0.2,
+        "warmup_steps": 8,
+        "dynamic_threshold": True,
+    }
     module = CGGRModel(inner, create_truncated_router(model, 1), split=split, **options)
     found = set()
     # Of one function, which is that of all models of transformers.

@@ -95,7 +95,12 @@ def test_a_static_loss_never_synchronises(rule):
     hidden = torch.randn(4, 64, 16, device="cuda", requires_grad=True)
     weight = torch.randn(100, 16, device="cuda", requires_grad=True)
     targets = torch.zeros(4, 64, dtype=torch.long, device="cuda")
-    options = {"selection": rule, "warmup_steps": 3, "capacity": "static"}
+    options = {
+        "selection": rule,
+        "warmup_steps": 3,
+        "dynamic_threshold": True,
+        "capacity": "static",
+    }
     criterion, linear = CGGRLoss(**options).cuda(), CGGRLinearLoss(**options).cuda()
     with no_synchronisation():
         for _ in range(5):
@@ -109,7 +114,12 @@ def test_a_static_loss_never_synchronises(rule):
 def test_a_static_model_never_synchronises(rule):
     # Not one of transformers: those look at their position ids on the host.
     model = nn.Sequential(nn.Embedding(60, 16), nn.Linear(16, 60))
-    options = {"selection": rule, "warmup_steps": 3, "capacity": "static"}
+    options = {
+        "selection": rule,
+        "warmup_steps": 3,
+        "dynamic_threshold": True,
+        "capacity": "static",
+    }
     cggr_model = CGGRModel(model, **options).cuda()
     ids = torch.randint(0, 60, (8, 32), device="cuda")
     with no_synchronisation():

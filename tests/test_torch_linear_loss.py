@@ -206,7 +206,13 @@ def test_metrics_and_masks_are_those_of_cggr_loss():
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_static_capacity_equals_exact_capacity_over_the_warm_up(selection, scope):
-    options = {"selection": selection, "scope": scope, "warmup_steps": 5, "min_tokens_ratio": 0.2}
+    options = {
+        "selection": selection,
+        "scope": scope,
+        "warmup_steps": 5,
+        "dynamic_threshold": True,
+        "min_tokens_ratio": 0.2,
+    }
     exact, static = CGGRLinearLoss(**options), CGGRLinearLoss(**options, capacity="static")
     for step in range(7):
         hidden, weight, bias, targets = inputs(bias=True, seed=step)

@@ -503,6 +503,7 @@ def test_static_capacity_equals_exact_capacity_over_the_warm_up(selection, scope
         "scope": scope,
         "min_tokens_ratio": 0.2,
         "warmup_steps": 6,
+        "dynamic_threshold": True,
         "min_tokens_per_sequence": 3,
     }
     exact, static = CGGRLoss(**options), CGGRLoss(**options, capacity="static")
@@ -523,7 +524,7 @@ def test_static_capacity_equals_exact_capacity_over_the_warm_up(selection, scope
 
 
 def test_static_capacity_takes_at_most_four_sizes_and_follows_the_truth():
-    options = {"selection": "stratified", "warmup_steps": 40}
+    options = {"selection": "stratified", "warmup_steps": 40, "dynamic_threshold": True}
     criterion = CGGRLoss(**options, capacity="static")
     sizes = []
     for step in range(60):
@@ -581,7 +582,8 @@ def test_forwards_draw_anew_and_ranks_of_seeds_differ(selection):
 
 @pytest.mark.parametrize("capacity", ["exact", "static"])
 def test_a_resumed_run_repeats_its_masks(capacity):
-    options = {"selection": "importance", "warmup_steps": 10, "capacity": capacity}
+    fields = {"selection": "importance", "warmup_steps": 10, "dynamic_threshold": True}
+    options = fields | {"capacity": capacity}
 
     def run(criterion, steps):
         losses, gradients = [], []
@@ -603,9 +605,7 @@ def test_a_resumed_run_repeats_its_masks(capacity):
     resumed = CGGRLoss(**options)
     resumed.load_state_dict(saved)
     assert resumed.slots(4, 19) == (
-        None
-        if capacity == "exact"
-        else truth.capacity({"selection": "importance", "warmup_steps": 10}, 5, 4, 19)
+        None if capacity == "exact" else truth.capacity(fields, 5, 4, 19)
     )
     resumed_losses, resumed_gradients = run(resumed, range(5, 11))
     assert resumed_losses == losses

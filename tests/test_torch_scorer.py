@@ -307,7 +307,7 @@ def test_draws_advance_in_training_only():
 
 
 def test_static_capacity_gives_the_same_masks():
-    options = {"selection": "stratified", "warmup_steps": 6}
+    options = {"selection": "stratified", "warmup_steps": 6, "dynamic_threshold": True}
     exact, static = (CGGRScorer(Table(), **options, capacity=c) for c in ("exact", "static"))
     for step in range(8):
         input_ids = ids_of(seed=step)

@@ -232,18 +232,17 @@ def main() -> None:
     if not options.names and not options.summary:
         parser.error("name results, or --summary")
     for name in options.names:
+        race, _, lane = (options.against or "").rpartition(":")
         try:
-            results = results_of(name)
+            results, others = results_of(name), lanes_of(results_of(race or name))
         except FileNotFoundError as error:
-            parser.error(f"there are no results {name}: {error.filename}")
+            parser.error(f"there are no results {error.filename}")
         unfinished = "" if results["complete"] else " (not complete)"
         lines = table(results)
         if options.against is not None:
-            race, _, lane = options.against.rpartition(":")
-            lanes = lanes_of(results_of(race or name))
-            if lane not in lanes:
-                parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(lanes)}")
-            lines = differences(results, lanes[lane].best)
+            if lane not in others:
+                parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(others)}")
+            lines = differences(results, others[lane].best)
         print(f"{name}{unfinished}:\n", *lines, "", sep="\n")
     if options.summary:
         print(*summary(), sep="\n")

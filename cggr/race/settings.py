@@ -372,8 +372,8 @@ class RaceSettings:
             eligible = 1.0 if way.learns_prompts else self.max_eligible_ratio
             if not self.pairs and way.max_eligible_ratio < eligible:
                 raise RaceError(
-                    f"lane {way.name}: max_eligible_ratio must be at least {eligible:g}, the part "
-                    f"that has labels by --prompt, got {way.max_eligible_ratio:g}"
+                    f"lane {way.name}: max_eligible_ratio must be at least {eligible}, the part "
+                    f"that has labels by --prompt, got {way.max_eligible_ratio}"
                 )
             if way.scores_excess and self.reference is None:
                 raise RaceError(

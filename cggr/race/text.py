@@ -239,16 +239,19 @@ def split_documents(
     notes = list(notes)
     if not heldout:
         *training, last = documents
+        if by_line:  # that have something in them
+            lines = [line for line in last.text.split("\n") if line.strip()]
+            last = Document(last.name, "".join(f"{line}\n" for line in lines))
         size = min(max_heldout_bytes, max(1, int(HELDOUT_FRACTION * last.size)))
         # Cut at a character of the file, which is where a byte offset of UTF-8 may not be.
         head = last.text.encode()[: last.size - size].decode(errors="ignore")
         if by_line:
-            head = head[: head.rfind("\n") + 1]
-            size = last.size - len(head.encode())
-            if not head and not training:
+            if len(lines) < 2 and not training:
                 raise RaceError(
                     "--pairs needs two pairs at least, one to train on and one to hold out"
                 )
+            head = head[: head.rfind("\n") + 1] or f"{lines[0]}\n" * (len(lines) > 1)
+            size = last.size - len(head.encode())
         training.append(Document(last.name, head))
         heldout.append(Document(last.name, last.text[len(head) :]))
         notes.append(f"The last {size / last.size:.1%} of {last.name} are held out.")

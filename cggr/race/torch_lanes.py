@@ -143,9 +143,9 @@ class TorchLane:
         """What makes the loss of a micro-batch its part of the batch's."""
         if self.lane.micro_batches == 1:
             return {}
-        n_items: int | torch.Tensor = self._targets
-        if self.device.type == "cpu":  # where a compiled step takes another number for another step
-            n_items = torch.tensor(n_items)
+        n_items: int | torch.Tensor = max(1, self._targets)
+        if self.device.type != "cuda":  # where a step that is compiled takes a number for its own
+            n_items = torch.tensor(n_items, device=self.device)
         return {"num_items_in_batch": n_items}
 
     def synchronize(self) -> None:
