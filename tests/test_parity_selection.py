@@ -121,6 +121,7 @@ def test_the_same_difficulties_give_the_same_selection_to_the_last_bit(rule, sco
 # warm-up, so that a cut exists; the ratio follows the confidence.
 SHAPE, CLASSES = (4, 25), 37
 OPTIONS = {
+    "dynamic_threshold": True,
     "min_tokens_ratio": 0.3,
     "warmup_steps": 0,
     "min_tokens_per_sequence": 2,

@@ -19,7 +19,12 @@ pytestmark = [
     pytest.mark.float64,  # schedulers and norms of the trainer
 ]
 STEPS, ACCUMULATED = 6, 2
-ROUTING = {"selection": "importance", "warmup_steps": 2, "min_tokens_ratio": 0.3}
+ROUTING = {
+    "selection": "importance",
+    "warmup_steps": 2,
+    "dynamic_threshold": True,
+    "min_tokens_ratio": 0.3,
+}
 SPLITS = {
     "token": {"split": "token"},
     "backward": {"split": "backward"},
