@@ -309,7 +309,7 @@ def test_a_line_that_is_no_pair_is_named(line):
 def test_a_file_of_pairs_is_cut_between_lines():
     line = json.dumps({"prompt": "a" * 50, "completion": "b"}) + "\n"
     document = text.Document("x.jsonl", line * 100)
-    split = text.split_documents([document], by_line=True)
+    split = text.split_documents([document], pairs=True)
     (training,), (heldout,) = split.training, split.heldout
     assert training.text + heldout.text == document.text
     assert heldout.text == line * 5
@@ -318,12 +318,12 @@ def test_a_file_of_pairs_is_cut_between_lines():
 
 def test_of_few_pairs_as_much_is_held_out_as_is_said():
     lines = [json.dumps({"prompt": "a", "completion": letter * 500}) + "\n" for letter in "bc"]
-    split = text.split_documents([Document("x.jsonl", "".join(lines))], by_line=True)
+    split = text.split_documents([Document("x.jsonl", "".join(lines))], pairs=True)
     assert [document.text for document in (*split.training, *split.heldout)] == lines
     assert split.notes == ("The last 50.0% of x.jsonl are held out.",)
     for one in (lines[0], f"\n\n{lines[0]}\n"):
         with pytest.raises(RaceError, match=r"^--pairs needs two pairs at least, "):
-            text.split_documents([Document("x.jsonl", one)], by_line=True)
+            text.split_documents([Document("x.jsonl", one)], pairs=True)
 
 
 def test_the_only_line_of_which_there_are_pairs_is_trained_on_or_held_out():
@@ -332,7 +332,7 @@ def test_the_only_line_of_which_there_are_pairs_is_trained_on_or_held_out():
     )
     # The cut is within the first line, or within blank ones.
     for first, second, blank in ((long, short, ""), (short, long, "\n" * 9_000)):
-        split = text.split_documents([Document("x.jsonl", first + second + blank)], by_line=True)
+        split = text.split_documents([Document("x.jsonl", first + second + blank)], pairs=True)
         assert [document.text for document in (*split.training, *split.heldout)] == [first, second]
 
 

@@ -140,8 +140,9 @@ class Study:
             if not is_trained(model):
                 self.say(f"{setting}: not raced, there is no runs/{model}/model")
                 return
-        lanes = list(options_of(setting)["lanes"])[: self.first]
-        if options_of(setting).get("compiled"):
+        options = options_of(setting)
+        lanes = list(options["lanes"])[: self.first]
+        if options.get("compiled"):
             self.compile(gpu, setting, lanes)
         config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
         done = self.call(gpu, setting, *config, f"--lanes={','.join(lanes)}", *self.extra)

@@ -19,6 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from cggr.race.engine import Run, best_rate
 from cggr.race.report import complete_runs
 from cggr.race.summary import LaneSummary, rank, summarize
@@ -171,8 +174,12 @@ def _row(raced: Raced) -> str:
 
 def difference(lane: LaneSummary, other: LaneSummary) -> tuple[float, float]:
     """By how much a lane's held-out loss is below another's: mean over seeds, and its error."""
-    ahead = other.final("loss") - lane.final("loss")
+    ahead = _ahead(lane, other)
     return float(ahead.mean()), float(ahead.std(ddof=1) / math.sqrt(len(ahead)))
+
+
+def _ahead(lane: LaneSummary, other: LaneSummary) -> npt.NDArray[np.float64]:
+    return other.final("loss") - lane.final("loss")
 
 
 def differences(results: Mapping[str, Any], other: LaneSummary) -> list[str]:
@@ -182,7 +189,7 @@ def differences(results: Mapping[str, Any], other: LaneSummary) -> list[str]:
     for lane in sorted(lanes, key=rank):
         if lane != other and len(lane.final("loss")) == len(other.final("loss")) > 1:
             mean, error = difference(lane, other)
-            seeds = " ".join(f"{ahead:.3f}" for ahead in other.final("loss") - lane.final("loss"))
+            seeds = " ".join(f"{ahead:.3f}" for ahead in _ahead(lane, other))
             lines.append(f"| {lane.lane} | {mean:.3f} ± {error:.3f} | {seeds} |")
     return [f"| lane | ahead of {other.lane} by | of each seed |", "| --- | --- | --- |", *lines]
 
@@ -199,7 +206,7 @@ def summary() -> list[str]:
 
 def _summary_row(setting: Setting) -> str:
     dense, cggr = _best(setting.dense), _best(setting.cggr)
-    ahead = dense.final("loss") - cggr.final("loss")
+    ahead = _ahead(cggr, dense)
     cells = [
         setting.words,
         _summary_cell(setting.dense, dense, bold=bool((ahead < 0).all())),
@@ -231,18 +238,20 @@ def main() -> None:
     options = parser.parse_args()
     if not options.names and not options.summary:
         parser.error("name results, or --summary")
+    race, _, lane = (options.against or "").rpartition(":")
     for name in options.names:
-        race, _, lane = (options.against or "").rpartition(":")
         try:
-            results, others = results_of(name), lanes_of(results_of(race or name))
+            results = results_of(name)
+            others = lanes_of(results_of(race) if race else results)
         except FileNotFoundError as error:
             parser.error(f"there are no results {error.filename}")
         unfinished = "" if results["complete"] else " (not complete)"
-        lines = table(results)
-        if options.against is not None:
-            if lane not in others:
-                parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(others)}")
+        if options.against is None:
+            lines = table(results)
+        elif lane in others:
             lines = differences(results, others[lane].best)
+        else:
+            parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(others)}")
         print(f"{name}{unfinished}:\n", *lines, "", sep="\n")
     if options.summary:
         print(*summary(), sep="\n")

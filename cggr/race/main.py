@@ -48,14 +48,7 @@ def race(
         if settings.pairs:  # here, where a line has the number that it has in its file
             for _ in text.pairs_of(documents):
                 pass
-        split = text.split_documents(
-            documents,
-            notes,
-            max_heldout_bytes=(
-                text.MAX_HELDOUT_PAIRS_BYTES if settings.pairs else text.MAX_HELDOUT_BYTES
-            ),
-            by_line=settings.pairs,
-        )
+        split = text.split_documents(documents, notes, pairs=settings.pairs)
         if settings.noise:
             split = text.with_noise(split, settings.noise)
     with console.status("tokenizing"):

@@ -214,10 +214,9 @@ def split_documents(
     documents: Sequence[Document],
     notes: Sequence[str] = (),
     *,
-    max_heldout_bytes: int = MAX_HELDOUT_BYTES,
-    by_line: bool = False,
+    pairs: bool = False,
 ) -> Split:
-    """Holds out whole files, 5 % of the text or so many bytes, whichever is less.
+    """Holds out whole files, 5 % of the text or 80 kB, whichever is less; of pairs 240 kB.
 
     The files are taken in the order of a hash of their names, so the choice is the same on every
     machine and independent of their content. Where every file is larger than that (a single file,
@@ -226,9 +225,9 @@ def split_documents(
     Args:
         documents: The documents, at least one.
         notes: Notes to pass on.
-        max_heldout_bytes: Of UTF-8.
-        by_line: Whether a file may be cut between its lines only.
+        pairs: Whether they are lines of pairs, so that a file may be cut between lines only.
     """
+    max_heldout_bytes = MAX_HELDOUT_PAIRS_BYTES if pairs else MAX_HELDOUT_BYTES
     room = min(max_heldout_bytes, int(HELDOUT_FRACTION * sum(item.size for item in documents)))
     heldout: list[Document] = []
     for document in sorted(documents, key=lambda item: hashlib.sha256(item.name.encode()).digest()):
@@ -239,13 +238,13 @@ def split_documents(
     notes = list(notes)
     if not heldout:
         *training, last = documents
-        if by_line:  # that have something in them
+        if pairs:  # of lines that have something in them
             lines = [line for line in last.text.split("\n") if line.strip()]
             last = Document(last.name, "".join(f"{line}\n" for line in lines))
         size = min(max_heldout_bytes, max(1, int(HELDOUT_FRACTION * last.size)))
         # Cut at a character of the file, which is where a byte offset of UTF-8 may not be.
         head = last.text.encode()[: last.size - size].decode(errors="ignore")
-        if by_line:
+        if pairs:
             if len(lines) < 2 and not training:
                 raise RaceError(
                     "--pairs needs two pairs at least, one to train on and one to hold out"

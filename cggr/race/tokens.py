@@ -169,7 +169,8 @@ def prepare(
     if path.is_file():
         with np.load(path) as arrays:
             size, end = (int(value) for value in arrays["vocabulary"])
-            streams = {name: arrays[name] for name in arrays if name.startswith(("train", "held"))}
+            others = ("vocabulary", "tokenizer")
+            streams = {name: arrays[name] for name in arrays if name not in others}
             described = str(arrays["tokenizer"])
         return Corpus(
             **streams,

@@ -114,7 +114,9 @@ class TorchLane:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.routed is not None:
+        if self.routed is None:
+            self._trained += self._targets
+        else:
             self.routed.step()
 
     def _part(self, array: Any, part: int) -> torch.Tensor:
@@ -128,7 +130,6 @@ class TorchLane:
     def _backward(self, inputs: Mapping[str, torch.Tensor]) -> None:
         if self.routed is None:
             loss = self.model(**inputs, **self._items()).loss
-            self._trained += (inputs["labels"][:, 1:] != IGNORED).sum()
         else:
             loss = self.routed(**inputs, **self._items())
             self._count()
