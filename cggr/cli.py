@@ -27,6 +27,7 @@ from cggr.race.settings import (
     BACKENDS,
     DEFAULT_LANES,
     LANES,
+    REFERENCE_SCORINGS,
     SCORINGS,
     SELECTIONS,
     Budget,
@@ -273,7 +274,7 @@ _PROMPT = click.option(
     click.option(
         "--reference",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder of the model whose losses excess_loss is in excess of.",
+        help="Folder of the model whose losses excess_loss and reference are by.",
     ),
     click.option(
         "--compiled",
@@ -502,7 +503,7 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
     _TEXT,
     click.option(
         "--scoring",
-        type=click.Choice([name for name in SCORINGS if name != "excess_loss"]),
+        type=click.Choice([name for name in SCORINGS if name not in REFERENCE_SCORINGS]),
         default="error_norm",
         help="What tokens are drawn by.",
     ),
