@@ -27,7 +27,6 @@ from cggr.race.settings import (
     BACKENDS,
     DEFAULT_LANES,
     LANES,
-    REFERENCE_SCORINGS,
     SCORINGS,
     SELECTIONS,
     Budget,
@@ -274,7 +273,7 @@ _PROMPT = click.option(
     click.option(
         "--reference",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder of the model whose losses excess_loss and reference are by.",
+        help="Folder of the model whose losses excess_loss is in excess of.",
     ),
     click.option(
         "--compiled",
@@ -503,7 +502,7 @@ def show(file: Path, output: Path | None, **options: Any) -> None:
     _TEXT,
     click.option(
         "--scoring",
-        type=click.Choice([name for name in SCORINGS if name not in REFERENCE_SCORINGS]),
+        type=click.Choice([name for name in SCORINGS if name != "excess_loss"]),
         default="error_norm",
         help="What tokens are drawn by.",
     ),

@@ -83,7 +83,7 @@ def check_refused(result, message):
             "race --scoring luck",
             (
                 "Invalid value for '--scoring': 'luck' is not one of 'entropy', 'margin', 'loss', "
-                "'combined', 'error_norm', 'excess_loss', 'reference'."
+                "'combined', 'error_norm', 'excess_loss'."
             ),
         ),
         (

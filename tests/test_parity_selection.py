@@ -27,7 +27,7 @@ from cggr.spec.selection import select_at_ratio
 
 RULES = truth.SELECTIONS
 SCOPES = ("batch", "sequence")
-SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss", "reference")
+SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CASES = int(os.environ.get("CGGR_PARITY_CASES", "14"))
 
@@ -40,7 +40,6 @@ def same_difficulty_options(rule, scope, shape):
     return {
         "selection": rule,
         "scope": scope,
-        "score_window": 17 if first else 1,
         "min_tokens_ratio": 0.3 if first else 0.07,
         "warmup_steps": 100 if first else 100_000_000,
         "dynamic_threshold": first,

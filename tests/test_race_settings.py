@@ -370,10 +370,10 @@ def test_a_lane_has_its_own_batch_size_or_the_races():
 
 def test_a_dense_lane_needs_no_reference():
     settings = with_lane({"split": "dense"}, scoring="excess_loss")
-    assert not settings.lane("mine").needs_reference
+    assert not settings.lane("mine").scores_excess
     settings = with_lane({"scoring": "excess_loss"}, reference=Path("model"))
-    assert settings.lane("mine").needs_reference
-    assert not settings.lane("cggr").needs_reference
+    assert settings.lane("mine").scores_excess
+    assert not settings.lane("cggr").scores_excess
 
 
 def test_which_races_are_one_by_one():

@@ -21,7 +21,6 @@ def test_defaults_are_those_of_cggr_0_5_0_but_for_two():
 
 def test_an_excess_loss_is_a_rank_unless_another_selection_is_named():
     assert RoutingConfig(scoring="excess_loss").selection == "topk"
-    assert RoutingConfig(scoring="reference").selection == "topk"
     assert RoutingConfig(scoring="excess_loss", selection="importance").selection == "importance"
     assert RoutingConfig(scoring="loss").selection == "importance"
     assert RoutingConfig(scoring=lambda statistics: statistics.nll).selection == "importance"
@@ -50,10 +49,6 @@ def test_an_excess_loss_is_a_rank_unless_another_selection_is_named():
             ValueError,
             "threshold_sensitivity must be in [0, 1], got 1.1.",
         ),
-        ("score_window", 0, ValueError, "score_window must be in [1, 1023], got 0."),
-        ("score_window", 1025, ValueError, "score_window must be in [1, 1023], got 1025."),
-        ("score_window", 16, ValueError, "score_window must be odd, got 16."),
-        ("score_window", 3.0, TypeError, "score_window must be an integer, got 3.0."),
         ("num_strata", 0, ValueError, "num_strata must be in [1, 256], got 0."),
         ("num_strata", 257, ValueError, "num_strata must be in [1, 256], got 257."),
         (
@@ -87,7 +82,7 @@ def test_an_excess_loss_is_a_rank_unless_another_selection_is_named():
             ValueError,
             (
                 "scoring must be one of 'entropy', 'margin', 'loss', 'combined', 'error_norm', "
-                "'excess_loss', 'reference' or a callable, got 'nonsense'."
+                "'excess_loss' or a callable, got 'nonsense'."
             ),
         ),
     ],

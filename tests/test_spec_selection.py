@@ -66,7 +66,6 @@ def cases(draw):
     options = {
         "selection": draw(st.sampled_from(RULES)),
         "scope": draw(st.sampled_from(SCOPES)),
-        "score_window": draw(st.sampled_from([1, 1, 3, 17, 1023] if n < 300 else [1, 1, 17])),
         "min_tokens_ratio": max(ratio, 1e-9),
         "warmup_steps": draw(st.sampled_from([0, 1, 1000, 2**31 - 1])),
         "dynamic_threshold": draw(st.booleans()),

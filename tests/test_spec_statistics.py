@@ -185,7 +185,7 @@ def test_difficulty_without_targets():
     statistics = token_statistics(logits)
     expected = truth.difficulty(truth.statistics(logits), "combined")
     np.testing.assert_allclose(token_difficulty(statistics, "combined"), expected, **TOLERANCE)
-    for scoring in ("loss", "error_norm", "excess_loss", "reference"):
+    for scoring in ("loss", "error_norm", "excess_loss"):
         with pytest.raises(ValueError, match=f"scoring='{scoring}' needs targets, got none."):
             token_difficulty(statistics, scoring)
 

@@ -45,12 +45,7 @@ def no_synchronisation():
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("rule", RULES)
 def test_selections_are_those_of_the_truth(rule, scope, compiled):
-    options = {
-        "selection": rule,
-        "scope": scope,
-        "warmup_steps": 0,
-        "score_window": 17 if scope == "batch" else 1,
-    }
+    options = {"selection": rule, "scope": scope, "warmup_steps": 0}
     config, shape = RoutingConfig(**options), (8, 513)
     capacity = config.capacity(0, *shape)
 

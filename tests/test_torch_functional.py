@@ -543,7 +543,7 @@ def test_a_callable_score_gets_the_statistics():
     )
 
 
-@pytest.mark.parametrize("scoring", ["loss", "error_norm", "excess_loss", "reference"])
+@pytest.mark.parametrize("scoring", ["loss", "error_norm", "excess_loss"])
 def test_scores_that_need_targets_say_so(scoring):
     with pytest.raises(ValueError, match=exactly(f"scoring={scoring!r} needs targets, got none.")):
         token_difficulty(token_statistics(random_logits(3, 4)), scoring)

@@ -15,7 +15,6 @@ GOLDEN = 0x9E3779B9
 
 DEFAULTS = {
     "scoring": "combined",
-    "score_window": 1,
     "selection": "importance",
     "scope": "batch",
     "min_tokens_ratio": 0.25,
@@ -56,7 +55,7 @@ def merged(cfg):
     if unknown:
         raise KeyError(f"not a RoutingConfig field: {sorted(unknown)}")
     full = {**DEFAULTS, **cfg}
-    if full["scoring"] in ("excess_loss", "reference") and "selection" not in cfg:
+    if full["scoring"] == "excess_loss" and "selection" not in cfg:
         full["selection"] = "topk"
     if full["selection"] not in SELECTIONS:
         raise ValueError(f"selection {full['selection']!r}")
@@ -109,7 +108,7 @@ def statistics(logits, targets=None, ignore_index=-100):
 
 
 def difficulty(stats, scoring, reference_nll=None):
-    """Entropy, 1 - margin, nll, their sum, error_norm, nll - reference_nll, -reference_nll."""
+    """Entropy, 1 - margin, nll, entropy + (1 - margin) + nll, error_norm, nll - reference_nll."""
     if scoring == "entropy":
         return stats["entropy"]
     if scoring == "margin":
@@ -117,7 +116,7 @@ def difficulty(stats, scoring, reference_nll=None):
     if scoring == "combined":
         score = stats["entropy"] + (1.0 - stats["margin"])
         return score if stats["nll"] is None else score + stats["nll"]
-    if scoring not in ("loss", "error_norm", "excess_loss", "reference"):
+    if scoring not in ("loss", "error_norm", "excess_loss"):
         raise ValueError(f"scoring {scoring!r}")
     if stats["nll"] is None:
         raise ValueError(f"scoring {scoring!r} needs targets")
@@ -126,49 +125,9 @@ def difficulty(stats, scoring, reference_nll=None):
     if scoring == "error_norm":
         return stats["error_norm"]
     if reference_nll is None:
-        raise ValueError(f"scoring {scoring!r} needs reference_nll")
+        raise ValueError("scoring 'excess_loss' needs reference_nll")
     with np.errstate(all="ignore"):
-        reference = np.asarray(reference_nll).astype(np.float64)
-        return -reference if scoring == "reference" else stats["nll"] - reference
-
-
-def neighbours(i, width, length):
-    """The tokens of a sequence that are at most (width - 1) / 2 from token i."""
-    return range(max(0, i - width // 2), min(length, i + width // 2 + 1))
-
-
-def window_mean(scores, eligible, width):
-    """Each eligible and finite score's mean with those around it; float64, exact sums."""
-    result = np.asarray(scores).astype(np.float64)
-    for row, old, allowed in zip(result, result.copy(), eligible, strict=True):
-        counts = allowed & np.isfinite(old)
-        for i in np.flatnonzero(counts):
-            near = [old[j] for j in neighbours(i, width, len(row)) if counts[j]]
-            row[i] = math.fsum(near) / len(near)
-    return result
-
-
-def window_mean_float32(scores, eligible, width):
-    """The same to the last bit of float32, as the spec adds: halves of runs of 1, 2, 4, ..."""
-
-    def run(values):
-        half = len(values) // 2
-        return values[0] if half == 0 else run(values[:half]) + run(values[half:])
-
-    result = np.array(scores, np.float32)
-    for row, old, allowed in zip(result, result.copy(), eligible, strict=True):
-        counts = allowed & np.isfinite(old)
-        for i in np.flatnonzero(counts):
-            places = range(i - width // 2, i + width // 2 + 1)
-            near = [old[j] if 0 <= j < len(row) and counts[j] else np.float32(0) for j in places]
-            total, start = None, 0
-            for size in (2**bit for bit in range(width.bit_length()) if width >> bit & 1):
-                part = run(near[start : start + size])
-                total = part if total is None else total + part
-                start += size
-            n = sum(bool(counts[j]) for j in neighbours(i, width, len(row)))
-            row[i] = total * np.float32(1 / n)
-    return result
+        return stats["nll"] - np.asarray(reference_nll).astype(np.float64)
 
 
 # Schedule
@@ -406,9 +365,6 @@ def select(
     tokens = batch * length
     if eligible is None:
         eligible = np.ones((batch, length), dtype=bool)
-    if cfg["score_window"] > 1:
-        with np.errstate(all="ignore"):
-            scores = window_mean_float32(scores, np.asarray(eligible), cfg["score_window"])
     allowed = np.asarray(eligible).ravel().tolist()
     ratio = token_ratio(cfg, step, confidence, eligible)
 

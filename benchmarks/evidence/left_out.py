@@ -3,18 +3,16 @@
     python benchmarks/evidence/left_out.py --model runs/noisy/model --reference runs/same/model
 
 with the models of docs/evidence.md. Of batches of a training text with noise, as ``cggr race
---noise`` has it, a model and each reference have their losses. ``topk`` of their difference, or of
-the reference's likelihood alone, and of the means of either over neighbouring tokens, leaves a part
-of the tokens out, which is to be the noise, of which nothing can be learned. Printed is which part
-of the noise is left out, and which of the text; a reference that cannot tell one from the other
-leaves out as much of both.
+--noise`` has it, a model and each reference have their losses. ``topk`` of their difference leaves
+a part of the tokens out, which is to be the noise, of which nothing can be learned. Printed is
+which part of the noise is left out, and which of the text; a reference that cannot tell one from
+the other leaves out as much of both.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,14 +78,12 @@ def losses(model: Any, ids_BS: npt.NDArray[np.int64]) -> Floats:
     return found
 
 
-def left_out(
-    score_BT: Floats, is_noise_BT: Flags, ratio: float, window: int = 1
-) -> tuple[float, float]:
+def left_out(excess_BT: Floats, is_noise_BT: Flags, ratio: float) -> tuple[float, float]:
     """Parts of the noise and of the text that ``topk`` leaves out."""
     config = RoutingConfig(
-        selection="topk", min_tokens_ratio=ratio, warmup_steps=0, score_window=window
+        selection="topk", min_tokens_ratio=ratio, warmup_steps=0, dynamic_threshold=False
     )
-    out_BT = ~select_tokens(score_BT, config).mask
+    out_BT = ~select_tokens(excess_BT, config).mask
     return float(out_BT[is_noise_BT].mean()), float(out_BT[~is_noise_BT].mean())
 
 
@@ -99,7 +95,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", help="texts/python if not given")
     parser.add_argument("--noise", type=float, default=0.3)
     parser.add_argument("--ratio", type=float, default=0.7)
-    parser.add_argument("--window", type=int, action="append", help="1 if not given")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batches", type=int, default=16)
@@ -136,20 +131,14 @@ def measure(options: argparse.Namespace) -> None:
         return np.stack([losses(model, ids[where].astype(np.int64)) for where in index])
 
     own_KBT = losses_of(options.model)
-    table = Table("reference", "score", "window", "noise left out", "text left out", box=None)
+    table = Table("reference", "noise left out", "text left out", box=None)
     for folder in options.reference:
-        reference_KBT = losses_of(folder)
-        scores = {"excess_loss": own_KBT - reference_KBT, "reference": -reference_KBT}
-        for (name, score_KBT), window in itertools.product(scores.items(), options.window or [1]):
-            parts = np.mean(
-                [
-                    left_out(*batch, options.ratio, window)
-                    for batch in zip(score_KBT, noise_KBT, strict=True)
-                ],
-                axis=0,
-            )
-            row = (folder.parent.name, name, str(window), *(f"{part:.3f}" for part in parts))
-            table.add_row(*row)
+        excess_KBT = own_KBT - losses_of(folder)
+        parts = np.mean(
+            [left_out(*batch, options.ratio) for batch in zip(excess_KBT, noise_KBT, strict=True)],
+            axis=0,
+        )
+        table.add_row(folder.parent.name, *(f"{part:.3f}" for part in parts))
     console = Console(width=120)
     console.print(
         f"{noise_KBT.size:,} tokens, {noise_KBT.mean():.3f} of them noise; loss of the model "

@@ -13,7 +13,6 @@ from cggr.spec import RoutingConfig
 from cggr.spec import config as spec_config
 
 SCORINGS = spec_config.SCORINGS
-REFERENCE_SCORINGS = spec_config.REFERENCE_SCORINGS
 SELECTIONS = tuple(name for name in spec_config.SELECTIONS if name != "fixed_quota")
 # The backward pass of all tokens, of the tokens that a lane selects, or of whole sequences.
 LANES = ("dense", "random", "cggr", "random-sequences", "cggr-sequences")
@@ -101,8 +100,7 @@ class LaneSettings:
     Args:
         name: What the report calls it.
         split: ``dense``, or as of CGGRModel.
-        scoring: As of RoutingConfig, like all but `ratio` and the last five.
-        score_window: In tokens.
+        scoring: As of RoutingConfig, like all but the next and the last five.
         ratio: Fraction of each batch that is trained on; of its tokens with labels.
         selection: Selection rule.
         importance_floor: In the unit of the score.
@@ -124,7 +122,6 @@ class LaneSettings:
     name: str
     split: str = "token"
     scoring: str = "combined"
-    score_window: int = 1
     ratio: float = 0.25
     selection: str = "importance"
     importance_floor: float = 0.05
@@ -202,15 +199,14 @@ class LaneSettings:
                 raise RaceError(f"lane {self.name}: {option} is for --backend torch")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether it selects by the losses of a reference."""
-        return self.scoring in REFERENCE_SCORINGS and self.split != "dense"
+    def scores_excess(self) -> bool:
+        """Whether it needs the losses of a reference."""
+        return self.scoring == "excess_loss" and self.split != "dense"
 
     def routing(self, seed: int) -> RoutingConfig:
         """The options of its selection."""
         return RoutingConfig(
             scoring=self.scoring,
-            score_window=self.score_window,
             selection=self.selection,
             min_tokens_ratio=self.ratio,
             max_eligible_ratio=self.max_eligible_ratio,
@@ -379,9 +375,9 @@ class RaceSettings:
                     f"lane {way.name}: max_eligible_ratio must be at least {eligible}, the part "
                     f"that has labels by --prompt, got {way.max_eligible_ratio}"
                 )
-            if way.needs_reference and self.reference is None:
+            if way.scores_excess and self.reference is None:
                 raise RaceError(
-                    f"lane {way.name}: scoring {way.scoring} needs a --reference, the folder of a "
+                    f"lane {way.name}: scoring excess_loss needs a --reference, the folder of a "
                     "model"
                 )
             if self.backend == "jax":

@@ -93,7 +93,7 @@ class TorchLane:
     def train_step(self, batch: Batch, learning_rate: float) -> None:
         """One optimizer step."""
         inputs: dict[str, Any] = {"input_ids": batch.ids, "labels": batch.labels}
-        if self.lane.needs_reference:
+        if self.lane.scores_excess:
             inputs["reference_nll"] = batch.reference_nll
         self._targets = batch.targets
         for group in self.optimizer.param_groups:

@@ -11,12 +11,10 @@ from typing import Any
 
 from cggr.spec import schedule
 
-SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss", "reference")
-REFERENCE_SCORINGS = ("excess_loss", "reference")
+SCORINGS = ("entropy", "margin", "loss", "combined", "error_norm", "excess_loss")
 SELECTIONS = ("topk", "stratified", "sequence_aware", "importance", "random", "fixed_quota")
 SCOPES = ("batch", "sequence")
 MAX_STRATA = 256
-MAX_WINDOW = 1023
 _FIXED: dict[str, Any] = {"warmup_steps": 0, "dynamic_threshold": False}
 PRESETS: dict[str, dict[str, Any]] = {
     "completions": {"selection": "random", "min_tokens_ratio": 1.0, **_FIXED},
@@ -41,10 +39,6 @@ class RoutingConfig:
         scoring: How hard a token is: ``"entropy"``, ``"margin"``, ``"loss"``, ``"combined"``,
             ``"error_norm"``, ``"excess_loss"``, or a callable ``TokenStatistics -> scores``
             written in the array API. See :func:`cggr.spec.scoring.token_difficulty`.
-        score_window: Width of the window, an odd number of tokens in [1, 1023], over whose eligible
-            tokens a token's score is averaged before tokens are selected; 1 is the token's own.
-            Noise comes in runs, and one token's loss says little about it. Whole sequences are
-            selected by the mean of all of their tokens, whatever this is.
         selection: Which tokens are kept: ``"importance"``, ``"stratified"``,
             ``"sequence_aware"``, ``"topk"``, ``"random"``, or ``"fixed_quota"`` (topk without the
             dynamic threshold). See :func:`cggr.spec.selection.select_tokens`. None is
@@ -86,7 +80,6 @@ class RoutingConfig:
     """
 
     scoring: str | Callable[..., Any] = "combined"
-    score_window: int = 1
     selection: str | None = None
     min_tokens_ratio: float = 0.25
     max_eligible_ratio: float = 1.0
@@ -104,7 +97,7 @@ class RoutingConfig:
         if not callable(self.scoring):
             _check_choice("scoring", self.scoring, SCORINGS, " or a callable")
         if self.selection is None:
-            self._set("selection", "topk" if self.needs_reference else "importance")
+            self._set("selection", "topk" if self.scoring == "excess_loss" else "importance")
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("scope", self.scope, SCOPES)
         for name in ("min_tokens_ratio", "max_eligible_ratio"):
@@ -129,7 +122,6 @@ class RoutingConfig:
             )
         for name, low, high in (
             ("warmup_steps", 0, 2**31 - 1),
-            ("score_window", 1, MAX_WINDOW),
             ("num_strata", 1, MAX_STRATA),
             ("min_tokens_per_sequence", 0, 2**31 - 1),
             ("seed", 0, 2**32 - 1),
@@ -139,8 +131,6 @@ class RoutingConfig:
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}.")
             self._set(name, value)
-        if self.score_window % 2 == 0:
-            raise ValueError(f"score_window must be odd, got {self.score_window}.")
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> RoutingConfig:
@@ -189,11 +179,6 @@ class RoutingConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the score is of a reference model's loss."""
-        return self.scoring in REFERENCE_SCORINGS
 
     @property
     def adaptive(self) -> bool:
@@ -276,11 +261,10 @@ class RoutingConfig:
 def rule_of_sequences(config: RoutingConfig) -> RoutingConfig:
     """The options of a selection among sequences, which are kept whole.
 
-    There is no floor of tokens in each of them, all may have something to learn, and a neighbour
-    is another text.
+    There is no floor of tokens in each of them, and all may have something to learn.
     """
     selection = "topk" if config.selection == "sequence_aware" else config.selection
-    return dataclasses.replace(config, selection=selection, max_eligible_ratio=1.0, score_window=1)
+    return dataclasses.replace(config, selection=selection, max_eligible_ratio=1.0)
 
 
 def check_head(logit_scale: Any, softcap: Any) -> None:

@@ -28,7 +28,6 @@ def token_difficulty(
     | ``"combined"`` | entropy + (1 - margin) + nll, without nll if there are no targets |
     | ``"error_norm"`` | error_norm |
     | ``"excess_loss"`` | nll - reference_nll |
-    | ``"reference"`` | -reference_nll |
     | a callable | its result |
 
     Args:
@@ -36,7 +35,7 @@ def token_difficulty(
         scoring: A name of the table, or a callable ``TokenStatistics -> scores`` written in the
             array API, which then works in every frontend.
         reference_nll: Loss of a reference model on the same tokens, of the statistics' shape;
-            needed by ``"excess_loss"`` and ``"reference"`` alone.
+            needed by ``"excess_loss"`` alone.
         xp: Array namespace of the arrays; found from the statistics when None.
 
     Returns:
@@ -83,12 +82,11 @@ def token_difficulty(
     if scoring == "error_norm":
         return statistics.error_norm
     if reference_nll is None:
-        raise ValueError(f"scoring={scoring!r} needs reference_nll, got none.")
+        raise ValueError("scoring='excess_loss' needs reference_nll, got none.")
     if tuple(reference_nll.shape) != tuple(statistics.nll.shape):
         raise ValueError(
             f"reference_nll must have shape {tuple(statistics.nll.shape)}, "
             f"got {tuple(reference_nll.shape)}."
         )
     xp = array_namespace(statistics.nll) if xp is None else xp
-    reference_nll = xp.astype(reference_nll, statistics.nll.dtype)
-    return -reference_nll if scoring == "reference" else statistics.nll - reference_nll
+    return statistics.nll - xp.astype(reference_nll, statistics.nll.dtype)

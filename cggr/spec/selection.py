@@ -19,7 +19,6 @@ from cggr.spec.arrays import device_of, index_dtype
 from cggr.spec.config import RoutingConfig
 from cggr.spec.division import quotient
 from cggr.spec.hashing import inverse_uniform, uniform_bits
-from cggr.spec.window import window_mean
 
 MAX_TOKENS = 1 << 29  # so that every sum of a token count and a capacity stays within int32
 _LARGEST_IMPORTANCE = 2.0**100  # times any 1/u stays finite in float32
@@ -61,8 +60,6 @@ def select_tokens(
 
     ``k = ceil(n_eligible ratio)``, at least 1 if anything is eligible. Ties go to the lower flat
     index, NaN ranks as the hardest, -0.0 equals 0.0; the result is bit-identical on every backend.
-    With `score_window`, difficulties are means over neighbours first
-    (:func:`~cggr.spec.window.window_mean`).
 
     - ``topk``, ``fixed_quota``: the k hardest.
     - ``stratified``: the ranking is cut into `num_strata` equal parts; harder parts get
@@ -150,11 +147,7 @@ def select_at_ratio(
     if capacity is not None and not 0 <= capacity <= size:
         raise ValueError(f"capacity must be in [0, {size}] for {size} tokens, got {capacity}.")
 
-    key_BS = xp.reshape(xp.astype(difficulty, xp.float32), (n_sequences, length))
-    if config.score_window > 1:
-        eligible_BS = xp.reshape(eligible, (n_sequences, length))
-        key_BS = window_mean(key_BS, eligible_BS, config.score_window, xp=xp)
-    key_RM = xp.reshape(key_BS, (groups, size))
+    key_RM = xp.reshape(xp.astype(difficulty, xp.float32), (groups, size))
     key_RM = xp.where(xp.isnan(key_RM), float("inf"), key_RM)
     key_RM = xp.where(key_RM == 0, 0.0, key_RM)  # -0.0 becomes 0.0
     ineligible_RM = xp.reshape(xp.astype(~eligible, xp.int32), (groups, size))
