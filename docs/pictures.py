@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parent / "assets"
 HARD, CHOSEN, UNUSED = "#e65a14", "#1f5fbf", "#c8c8c8"  # as `cggr show` has them
 RESULTS = (
     ("summaries", "summaries of functions"),
+    ("summaries_adapted", "the same, prompts first"),
     ("completions", "last quarters of code"),
     ("memory", "the same, in 12 GiB"),
     ("noise", "30 % noise"),
@@ -33,7 +34,6 @@ RESULTS = (
     ("scratch", "from scratch"),
     ("original", "the race of cggr 0.5.0"),
     ("original-tokens", "the same, of tokens"),
-    ("schedule", "a changing ratio"),
 )
 RULES = ("topk", "stratified", "sequence_aware", "importance", "random")
 

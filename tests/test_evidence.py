@@ -105,7 +105,9 @@ def tables():
     "name",
     [
         "summaries",
+        "summaries_adapted",
         "completions",
+        "completions-prompts",
         "memory",
         "noise",
         "noise_apart",
@@ -153,13 +155,24 @@ def test_shorter_races_are_as_the_results_have_them(tables, budget):
     assert f"| {budget} s | {lanes[0]:.3f} | {lanes[1]:.3f} | {dense}|" in document
 
 
-BESIDE = {  # races that are compared with lanes of another
-    "completions-16s": "completions",
-    "completions-12s": "completions",
-    "memory": "completions",
-    "summaries-16s": "summaries",
-    "summaries-12s": "summaries",
+BESIDE = {  # races that are compared with lanes of others
+    "completions": ("completions-prompts",),
+    "completions-16s": ("completions",),
+    "completions-12s": ("completions",),
+    "memory": ("completions", "completions-prompts"),
+    "summaries_adapted": ("summaries",),
+    "summaries-16s": ("summaries",),
+    "summaries-12s": ("summaries",),
 }
+
+
+def test_the_table_of_every_selection_is_that_of_the_results(tables, capsys, monkeypatch):
+    names = [f"selections-{ratio}" for ratio in (10, 25, 50)]
+    monkeypatch.setattr(sys, "argv", ["tables.py", *names, "--beside", "token random"])
+    tables.main()
+    printed = capsys.readouterr().out.strip()
+    assert len(printed.splitlines()) == 2 + 16
+    assert printed in (EVIDENCE.parents[1] / "docs" / "evidence.md").read_text()
 
 
 def test_differences_in_the_documentation_are_those_of_the_results(tables):
@@ -169,10 +182,10 @@ def test_differences_in_the_documentation_are_those_of_the_results(tables):
     assert len(said) > 15
     found = set()
     for file in tables.FOLDER.glob("*.json"):
-        best = [raced.best for raced in tables.lanes_of(tables.results_of(file.stem)).values()]
-        others = tables.lanes_of(tables.results_of(BESIDE.get(file.stem, file.stem))).values()
-        for lane in best:
-            for other in [*best, *(raced.best for raced in others)]:
+        names = (file.stem, *BESIDE.get(file.stem, ()))
+        lanes = [list(tables.lanes_of(tables.results_of(name)).values()) for name in names]
+        for lane in (raced.best for raced in lanes[0]):
+            for other in (raced.best for race in lanes for raced in race):
                 if len(lane.curves) == len(other.curves) == 3:
                     mean, error = tables.difference(lane, other)
                     found |= {(f"{abs(mean):.{n}f}", f"{error:.{n}f}") for n in (2, 3)}
@@ -221,9 +234,15 @@ def test_differences_are_of_seeds(tables, capsys, monkeypatch):
         "| ours | -0.500 ± 0.289 | -0.500 -1.000 0.000 |",
         "| dense | -1.000 ± 0.000 | -1.000 -1.000 -1.000 |",
     ]
-    with pytest.raises(SystemExit):
-        printed("long", "--against", "nobody")
-    assert "--against: long has no lane 'nobody', but" in capsys.readouterr().err
+    assert printed("long", "short", "--beside", "dense") == [
+        "| ahead of dense by | long | short |",
+        "| --- | --- | --- |",
+        "| ours | 0.500 ± 0.289 | 0.500 ± 0.289 |",
+    ]
+    for option in ("--against", "--beside"):
+        with pytest.raises(SystemExit):
+            printed("long", option, "nobody")
+        assert f"{option}: long has no lane 'nobody', but" in capsys.readouterr().err
 
 
 def test_there_are_no_differences_from_what_is_not_there(tables, capsys, monkeypatch):

@@ -3,6 +3,7 @@
     python benchmarks/evidence/tables.py runs/completions/results.json
     python benchmarks/evidence/tables.py completions noise
     python benchmarks/evidence/tables.py completions-16s --against completions:dense
+    python benchmarks/evidence/tables.py selections-10 selections-25 --beside "token random"
     python benchmarks/evidence/tables.py --summary
 
 A name is that of a file in benchmarks/results/evidence, the results.json of a race; the summary is
@@ -59,21 +60,21 @@ class Setting(NamedTuple):
 SUMMARY = (
     Setting(
         "(b) fine-tuning on summaries of functions, 368 M parameters, 20 s",
-        Way("summaries", "dense", "of summaries alone"),
+        Way("summaries", "dense with prompts", "of functions too"),
         Way("summaries", "backward completions", '`split="backward"`, all summaries'),
     ),
     Setting(
-        "",
-        Way("summaries", "dense with prompts", "of functions too"),
-        Way("summaries", "backward completions", "the same"),
+        "the same, of the 20 s the first 6 densely on all tokens",
+        Way("summaries_adapted", "dense with prompts", "of functions too"),
+        Way("summaries_adapted", "backward completions", '`split="backward"`, all summaries'),
     ),
     Setting(
         "on the last quarter of sequences of code, 368 M, 20 s",
-        Way("completions", "dense", "of that quarter"),
-        Way("completions", "backward completions", '`split="backward"`, all of it'),
+        Way("completions-prompts", "dense with prompts", "of all quarters"),
+        Way("completions", "backward completions", '`split="backward"`, the last quarter'),
     ),
     Setting(
-        "(d) the same in 12 GiB, 20 s",
+        "(d) the same in 12 GiB, 20 s, the last quarter alone",
         Way("completions", "dense", "of a batch of 16, in {gib:.1f} GiB"),
         Way("memory", "token completions in 2 parts", '`split="token"`, of 32, in {gib:.1f} GiB'),
     ),
@@ -178,20 +179,44 @@ def difference(lane: LaneSummary, other: LaneSummary) -> tuple[float, float]:
     return float(ahead.mean()), float(ahead.std(ddof=1) / math.sqrt(len(ahead)))
 
 
+def _have_difference(lane: LaneSummary, other: LaneSummary) -> bool:
+    """Whether they are two lanes of the same seeds, and of more than one."""
+    return lane != other and len(lane.final("loss")) == len(other.final("loss")) > 1
+
+
 def _ahead(lane: LaneSummary, other: LaneSummary) -> npt.NDArray[np.float64]:
     return other.final("loss") - lane.final("loss")
 
 
-def differences(results: Mapping[str, Any], other: LaneSummary) -> list[str]:
+def differences(raced: Mapping[str, Raced], other: LaneSummary) -> list[str]:
     """Lines of Markdown: lanes with as many seeds as the other, the lowest loss first."""
-    lanes = [raced.best for raced in lanes_of(results).values()]
     lines = []
-    for lane in sorted(lanes, key=rank):
-        if lane != other and len(lane.final("loss")) == len(other.final("loss")) > 1:
+    for lane in sorted((each.best for each in raced.values()), key=rank):
+        if _have_difference(lane, other):
             mean, error = difference(lane, other)
             seeds = " ".join(f"{ahead:.3f}" for ahead in _ahead(lane, other))
             lines.append(f"| {lane.lane} | {mean:.3f} ± {error:.3f} | {seeds} |")
     return [f"| lane | ahead of {other.lane} by | of each seed |", "| --- | --- | --- |", *lines]
+
+
+def beside(races: Mapping[str, Mapping[str, Raced]], name: str) -> list[str]:
+    """Lines of Markdown: by how much each lane is ahead of this one, a column for every race.
+
+    Lanes are in their order in the first race, where all races have differences.
+    """
+    rows = {
+        lane: [difference(lanes[lane].best, lanes[name].best) for lanes in races.values()]
+        for lane in next(iter(races.values()))
+        if all(_have_difference(lanes[lane].best, lanes[name].best) for lanes in races.values())
+    }
+    return [
+        f"| ahead of {name} by | {' | '.join(races)} |",
+        "| " + " | ".join(["---"] * (1 + len(races))) + " |",
+        *(
+            f"| {lane} | {' | '.join(f'{mean:.3f} ± {error:.3f}' for mean, error in cells)} |"
+            for lane, cells in rows.items()
+        ),
+    ]
 
 
 def _gib(lane: LaneSummary) -> float:
@@ -235,23 +260,36 @@ def main() -> None:
     parser.add_argument(
         "--against", metavar="[NAME:]LANE", help="print differences from this lane instead"
     )
+    parser.add_argument(
+        "--beside", metavar="LANE", help="print differences from this lane in one table instead"
+    )
     options = parser.parse_args()
     if not options.names and not options.summary:
         parser.error("name results, or --summary")
     race, _, lane = (options.against or "").rpartition(":")
-    for name in options.names:
-        try:
-            results = results_of(name)
-            others = lanes_of(results_of(race) if race else results)
-        except FileNotFoundError as error:
-            parser.error(f"there are no results {error.filename}")
-        unfinished = "" if results["complete"] else " (not complete)"
+    try:
+        results = {name: results_of(name) for name in options.names}
+        other = lanes_of(results_of(race)) if race else {}
+    except FileNotFoundError as error:
+        parser.error(f"there are no results {error.filename}")
+    raced = {name: lanes_of(found) for name, found in results.items()}
+
+    def check(option: str, name: str, lane: str, lanes: Mapping[str, Raced]) -> None:
+        if lane not in lanes:
+            parser.error(f"{option}: {name} has no lane {lane!r}, but {list(lanes)}")
+
+    if options.beside is not None:
+        for name, lanes in raced.items():
+            check("--beside", name, options.beside, lanes)
+        print(*beside(raced, options.beside), sep="\n")
+        return
+    for name, lanes in raced.items():
+        unfinished = "" if results[name]["complete"] else " (not complete)"
         if options.against is None:
-            lines = table(results)
-        elif lane in others:
-            lines = differences(results, others[lane].best)
+            lines = table(results[name])
         else:
-            parser.error(f"--against: {race or name} has no lane {lane!r}, but {list(others)}")
+            check("--against", race or name, lane, other or lanes)
+            lines = differences(lanes, (other or lanes)[lane].best)
         print(f"{name}{unfinished}:\n", *lines, "", sep="\n")
     if options.summary:
         print(*summary(), sep="\n")
