@@ -207,7 +207,10 @@ def beside(races: Mapping[str, Mapping[str, Raced]], name: str) -> list[str]:
     rows = {
         lane: [difference(lanes[lane].best, lanes[name].best) for lanes in races.values()]
         for lane in next(iter(races.values()))
-        if all(_have_difference(lanes[lane].best, lanes[name].best) for lanes in races.values())
+        if all(
+            lane in lanes and _have_difference(lanes[lane].best, lanes[name].best)
+            for lanes in races.values()
+        )
     }
     return [
         f"| ahead of {name} by | {' | '.join(races)} |",
