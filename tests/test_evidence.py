@@ -594,7 +594,7 @@ def test_a_setting_that_fails_leaves_the_others(study, tmp_path, monkeypatch, gp
     ("arguments", "message"),
     [
         (["--first", "0"], "--first must be 1 or more, got 0"),
-        (["tuning"], "there is no setting 'tuning', only clients, "),
+        (["tuning"], "there is no setting 'tuning', only capped, clients, "),
         (["finetune"], "finetune needs texts/cpp: python benchmarks/evidence/texts.py texts"),
     ],
 )
