@@ -559,6 +559,21 @@ def test_a_study_ends_in_time(study, tmp_path, monkeypatch):
     assert "finetune: not raced, there is no runs/base/model" in said
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_the_exit_status_says_whether_all_is_raced(study, tmp_path, monkeypatch, done, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / "python").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["study.py", "scratch"])
+    monkeypatch.setattr(study.Study, "compile", lambda *_: None)
+    monkeypatch.setattr(study.Study, "call", lambda *_: done)
+    if done:
+        study.main()
+    else:
+        with pytest.raises(SystemExit, match="not complete: scratch; .*log has why"):
+            study.main()
+    assert f"scratch: {'raced' if done else 'stopped'}" in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_a_study(study, tmp_path, monkeypatch):
     def race(self, gpu, setting):
         raced.append(setting)

@@ -5,7 +5,8 @@
 
 Models that a setting begins with are trained before it. Then all its lanes are compiled at once,
 two steps each, since to compile them one after the other would take longer than to race them; what
-was compiled is kept in torch's cache, for the race. A race that was stopped goes on where it was.
+was compiled is kept in torch's cache, for the race. A race that was stopped goes on where it was;
+as long as there is one, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -83,12 +84,19 @@ class Study:
         self.deadline = deadline
         self.first = first
         self.extra = list(extra)
+        self.unfinished: list[str] = []
         self.begin = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line, and when."""
         spent = time.monotonic() - self.begin
         self.console.print(f"{spent:6.0f} s  {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def ended(self, setting: str, done: bool, how: str) -> None:
+        """Says how a setting ended, and keeps in mind what is not done."""
+        if not done:
+            self.unfinished.append(setting)
+        self.say(f"{setting}: {how}")
 
     def call(self, gpu: int, name: str, *arguments: str) -> bool:
         """Runs a race; whether it came to its end in time."""
@@ -114,7 +122,7 @@ class Study:
         if not is_trained(setting):
             config = str(FOLDER / f"{setting}.toml")
             done = self.call(gpu, setting, "--config", config, "--name", setting)
-            self.say(f"{setting}: {'trained' if done else 'not trained'}")
+            self.ended(setting, done, "trained" if done else "not trained")
 
     def compile(self, gpu: int, setting: str, lanes: Sequence[str]) -> None:
         """All lanes at once, for the cache."""
@@ -138,7 +146,7 @@ class Study:
         """A setting from beginning to end, if there are the models that it begins with."""
         for model in needed([setting]):
             if not is_trained(model):
-                self.say(f"{setting}: not raced, there is no runs/{model}/model")
+                self.ended(setting, False, f"not raced, there is no runs/{model}/model")
                 return
         options = options_of(setting)
         lanes = list(options["lanes"])[: self.first]
@@ -146,7 +154,7 @@ class Study:
             self.compile(gpu, setting, lanes)
         config = ("--config", str(FOLDER / f"{setting}.toml"), "--name", setting, "--resume")
         done = self.call(gpu, setting, *config, f"--lanes={','.join(lanes)}", *self.extra)
-        self.say(f"{setting}: {'raced' if done else 'stopped'}")
+        self.ended(setting, done, "raced" if done else "stopped")
 
     def run(self, settings: Sequence[str], gpus: int) -> None:
         """Settings in this order as GPUs become free, each when the models that it needs are."""
@@ -223,6 +231,8 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     study = Study(Console(), options.log, deadline, options.first, extra)
     study.run(settings, max(1, torch.cuda.device_count()))
+    if study.unfinished:
+        sys.exit(f"not complete: {', '.join(study.unfinished)}; {options.log} has why")
 
 
 if __name__ == "__main__":
