@@ -569,7 +569,7 @@ def test_the_exit_status_says_whether_all_is_raced(study, tmp_path, monkeypatch,
     if done:
         study.main()
     else:
-        with pytest.raises(SystemExit, match="not complete: scratch; .*log has why"):
+        with pytest.raises(SystemExit, match=r"not complete: scratch; .*log has why"):
             study.main()
     assert f"scratch: {'raced' if done else 'stopped'}" in capsys.readouterr().out
 
