@@ -26,7 +26,7 @@ HARD, CHOSEN, UNUSED = "#e65a14", "#1f5fbf", "#c8c8c8"  # as `cggr show` has the
 RESULTS = (
     ("summaries", "summaries of functions"),
     ("summaries_adapted", "the same, prompts first"),
-    ("completions", "last quarters of code"),
+    ("completions completions-prompts", "last quarters of code"),
     ("memory", "the same, in 12 GiB"),
     ("noise", "30 % noise"),
     ("noise_apart", "the same, a reference of other packages"),
@@ -139,12 +139,12 @@ def splits() -> Figure:
 
 
 def evidence() -> Figure:
-    """Final held-out losses of every lane and seed, each lane at its best learning rate."""
+    """Final held-out losses of lanes and seeds, each lane at its best learning rate."""
     tables = _tables()
     figure = Figure(figsize=(9, 10), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(5, 2).flat, RESULTS, strict=True):
-        raced = tables.lanes_of(tables.results_of(name))
-        best = {lane: found.best for lane, found in raced.items()}
+    for axes, (names, title) in zip(figure.subplots(5, 2).flat, RESULTS, strict=True):
+        races = [tables.lanes_of(tables.results_of(name)) for name in names.split()]
+        best = {lane: found.best for raced in races for lane, found in raced.items()}
         order = sorted(best, key=lambda lane: -best[lane].loss)
         for place, lane in enumerate(order):
             color = HARD if lane.startswith("dense") else CHOSEN

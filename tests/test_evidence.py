@@ -1,6 +1,7 @@
 """What the study of benchmarks/evidence is made by: its configurations, texts and draws."""
 
 import importlib.util
+import itertools
 import json
 import re
 import signal
@@ -160,6 +161,7 @@ BESIDE = {  # races that are compared with lanes of others
     "completions-16s": ("completions",),
     "completions-12s": ("completions",),
     "memory": ("completions", "completions-prompts"),
+    "noise": ("noise-window",),
     "summaries_adapted": ("summaries",),
     "summaries-16s": ("summaries",),
     "summaries-12s": ("summaries",),
@@ -178,23 +180,38 @@ def test_the_table_of_every_selection_is_that_of_the_results(tables, capsys, mon
 def test_differences_in_the_documentation_are_those_of_the_results(tables):
     documents = EVIDENCE.parents[1] / "docs"
     races = (documents / "evidence.md").read_text().partition("## What a draw is worth")[0]
-    said = re.findall(r"(\d\.\d+)\s+±\s+(\d\.\d+)", races)
-    assert len(said) > 15
-    found = set()
-    for file in tables.FOLDER.glob("*.json"):
-        names = (file.stem, *BESIDE.get(file.stem, ()))
-        lanes = [list(tables.lanes_of(tables.results_of(name)).values()) for name in names]
-        for lane in (raced.best for raced in lanes[0]):
-            for other in (raced.best for race in lanes for raced in race):
+    n_said = 0
+    for section in races.split("\n## "):
+        prose = re.sub(r"^\|.*$", "", section, flags=re.MULTILINE)  # tables have their own test
+        said = re.findall(r"(\d\.\d+)\s+±\s+(\d\.\d+)", prose)
+        n_said += len(said)
+        # Of lanes of the section's own races, and of those that they are compared with.
+        found = set()
+        for name in re.findall(r"--name (\S+)", section):
+            if not (tables.FOLDER / f"{name}.json").exists():
+                continue  # a model that others begin with
+            own, *others = (
+                [raced.best for raced in tables.lanes_of(tables.results_of(race)).values()]
+                for race in (name, *BESIDE.get(name, ()))
+            )
+            if name.startswith("selections"):  # of so many lanes some pair has any difference
+                others.append([lane for lane in own if lane.lane in ("dense", "sequence random")])
+                own = [lane for lane in own if lane.lane.startswith("sequence")]
+            else:
+                others.append(own)
+            for lane, other in itertools.product(own, itertools.chain(*others)):
                 if len(lane.curves) == len(other.curves) == 3:
                     mean, error = tables.difference(lane, other)
                     found |= {(f"{abs(mean):.{n}f}", f"{error:.{n}f}") for n in (2, 3)}
-    assert set(said) <= found
+        assert set(said) <= found, section.partition("\n")[0]
+    assert n_said > 25
 
 
 def test_differences_are_of_seeds(tables, capsys, monkeypatch):
     def race(name):
         losses = {"dense": [3.0, 2.0, 1.0], "ours": [2.5, 2.0, 0.0], "one": [0.1]}
+        if name == "other":
+            losses = {"dense": [3.0, 2.0, 1.0], "ours": [4.0, 3.0, 2.0], "new": [2.0, 1.0, 0.0]}
         runs = [
             {
                 "lane": lane,
@@ -215,7 +232,7 @@ def test_differences_are_of_seeds(tables, capsys, monkeypatch):
             for lane, seeds in losses.items()
             for seed, loss in enumerate(seeds)
         ]
-        return {"runs": runs, "complete": True}
+        return {"runs": runs, "complete": name != "other"}
 
     monkeypatch.setattr(tables, "results_of", race)
 
@@ -234,10 +251,12 @@ def test_differences_are_of_seeds(tables, capsys, monkeypatch):
         "| ours | -0.500 ± 0.289 | -0.500 -1.000 0.000 |",
         "| dense | -1.000 ± 0.000 | -1.000 -1.000 -1.000 |",
     ]
-    assert printed("long", "short", "--beside", "dense") == [
-        "| ahead of dense by | long | short |",
+    assert printed("long", "other", "--beside", "dense") == [
+        "| ahead of dense by | long | other (not complete) |",
         "| --- | --- | --- |",
-        "| ours | 0.500 ± 0.289 | 0.500 ± 0.289 |",
+        "| ours | 0.500 ± 0.289 | -1.000 ± 0.000 |",
+        "| one |  |  |",
+        "| new |  | 1.000 ± 0.000 |",
     ]
     for option in ("--against", "--beside"):
         with pytest.raises(SystemExit):
@@ -276,6 +295,9 @@ def test_there_are_no_tables_of_what_is_not_there(tables, capsys, monkeypatch):
     for arguments, message in (
         (["nothing"], "there are no results "),
         ([], "name results, or --summary"),
+        (["noise", "--summary"], "name results, or --summary"),
+        (["--beside", "dense"], "name results, or --summary"),
+        (["noise", "--beside", "dense", "--against", "dense"], "not allowed with argument"),
     ):
         monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
         with pytest.raises(SystemExit):
@@ -305,7 +327,7 @@ def test_a_table_has_each_lane_at_its_best_rate(tables):
         run("begun", 0, 0.1, 1.0, complete=False),
         run("begun", 1, 0.1, 1.0),
     ]
-    lines = tables.table({"runs": runs})
+    lines = tables.table(tables.lanes_of({"runs": runs}))
     assert lines[2:] == [
         "| fast | 20.0 | 100 | 1.0 | 0.2 | 2.000 | 2.000 | 0.4: nan |",
         "| slow | 20.0 | 100 | 1.0 | 0.1 | 4.000 | 3.000 5.000 | 0.2: 4.000 |",
@@ -521,6 +543,23 @@ def test_a_study_trains_then_compiles_then_races(study, tmp_path, monkeypatch):
     # What is there is not trained again.
     study.Study(Console(quiet=True), tmp_path / "log", time.monotonic() + 99).train(0, "base")
     assert len((tmp_path / "calls.jsonl").read_text().splitlines()) == len(calls)
+
+
+def test_a_model_that_begins_with_a_model_waits_for_it(study, tmp_path, monkeypatch):
+    def train(self, gpu, setting):
+        time.sleep(0.2 * (setting == "base_wide"))
+        done.append(setting)
+
+    done = []
+    assert study.needed(["summaries_adapted"]) == ["base_wide", "adapted"]
+    monkeypatch.setattr(study.Study, "train", train)
+    monkeypatch.setattr(study.Study, "race", lambda self, gpu, setting: done.append(setting))
+    recorded(study, ["summaries_adapted", "scratch"], tmp_path, monkeypatch)
+    assert [name for name in done if name != "scratch"] == [
+        "base_wide",
+        "adapted",
+        "summaries_adapted",
+    ]
 
 
 def test_a_gpu_that_is_free_does_what_needs_no_model(study, tmp_path, monkeypatch):

@@ -36,9 +36,10 @@ def options_of(setting: str) -> dict[str, Any]:
 
 
 def needed(settings: Sequence[str]) -> list[str]:
-    """The settings whose models these begin with."""
+    """The settings whose models these begin with, those that others begin with first."""
     folders = [options_of(name).get(key) for name in settings for key in ("model", "reference")]
-    return list(dict.fromkeys(Path(folder).parent.name for folder in folders if folder))
+    models = [Path(folder).parent.name for folder in folders if folder]
+    return list(dict.fromkeys([*(needed(models) if models else []), *models]))
 
 
 def is_trained(model: str) -> bool:
@@ -98,6 +99,14 @@ class Study:
             self.unfinished.append(setting)
         self.say(f"{setting}: {how}")
 
+    def can_begin(self, setting: str, if_not: str) -> bool:
+        """Whether there are the models that it begins with; says so if not."""
+        for model in needed([setting]):
+            if not is_trained(model):
+                self.ended(setting, False, f"{if_not}, there is no runs/{model}/model")
+                return False
+        return True
+
     def call(self, gpu: int, name: str, *arguments: str) -> bool:
         """Runs a race; whether it came to its end in time."""
         left = self.deadline - time.monotonic()
@@ -119,7 +128,7 @@ class Study:
 
     def train(self, gpu: int, setting: str) -> None:
         """A model that others begin with, if it is not there."""
-        if not is_trained(setting):
+        if not is_trained(setting) and self.can_begin(setting, "not trained"):
             config = str(FOLDER / f"{setting}.toml")
             done = self.call(gpu, setting, "--config", config, "--name", setting)
             self.ended(setting, done, "trained" if done else "not trained")
@@ -144,10 +153,8 @@ class Study:
 
     def race(self, gpu: int, setting: str) -> None:
         """A setting from beginning to end, if there are the models that it begins with."""
-        for model in needed([setting]):
-            if not is_trained(model):
-                self.ended(setting, False, f"not raced, there is no runs/{model}/model")
-                return
+        if not self.can_begin(setting, "not raced"):
+            return
         options = options_of(setting)
         lanes = list(options["lanes"])[: self.first]
         if options.get("compiled"):
@@ -160,8 +167,8 @@ class Study:
         """Settings in this order as GPUs become free, each when the models that it needs are."""
         waiting: dict[str, list[str]] = {}  # what is to be done, and after what
         for setting in settings:
-            models = needed([setting])
-            waiting |= {model: [] for model in models} | {setting: models}
+            for name in (*needed([setting]), setting):
+                waiting[name] = needed([name])
         ended: set[str] = set()
         failed: list[OSError] = []
         changed = threading.Condition()

@@ -8,7 +8,8 @@
 
 A name is that of a file in benchmarks/results/evidence, the results.json of a race; the summary is
 of those files. Differences are means over the seeds, with their standard errors: a seed's batches,
-and the weights that it begins with, are those of all lanes.
+and the weights that it begins with, are those of all lanes of a race, and its batches of all races
+of one text.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ SUMMARY = (
         Way("summaries", "backward completions", '`split="backward"`, all summaries'),
     ),
     Setting(
-        "the same, of the 20 s the first 6 densely on all tokens",
-        Way("summaries_adapted", "dense with prompts", "of functions too"),
+        "the same, of the 20 s the first 6 densely on functions too",
+        Way("summaries", "dense with prompts", "of functions too, all the time"),
         Way("summaries_adapted", "backward completions", '`split="backward"`, all summaries'),
     ),
     Setting(
@@ -80,7 +81,7 @@ SUMMARY = (
     ),
     Setting(
         "(c) from scratch, 30 % noise, 97 M, 20 s, by a reference of the same text without",
-        Way("noise", "dense half batch", "half of the batch"),
+        Way("noise-window", "dense"),
         Way("noise", "backward excess top-k 0.70", "0.7 of the tokens, `excess_loss`"),
         Way("noise", "backward random 0.70"),
     ),
@@ -150,9 +151,9 @@ def lanes_of(results: Mapping[str, Any]) -> dict[str, Raced]:
     return found
 
 
-def table(results: Mapping[str, Any]) -> list[str]:
+def table(raced: Mapping[str, Raced]) -> list[str]:
     """Lines of Markdown, the lane of the lowest loss first."""
-    lanes = sorted(lanes_of(results).values(), key=lambda raced: rank(raced.best))
+    lanes = sorted(raced.values(), key=lambda each: rank(each.best))
     line = "| " + " | ".join(["---"] * len(COLUMNS)) + " |"
     return [f"| {' | '.join(COLUMNS)} |", line, *map(_row, lanes)]
 
@@ -180,7 +181,7 @@ def difference(lane: LaneSummary, other: LaneSummary) -> tuple[float, float]:
 
 
 def _have_difference(lane: LaneSummary, other: LaneSummary) -> bool:
-    """Whether they are two lanes of the same seeds, and of more than one."""
+    """Whether they are two lanes of as many seeds, and of more than one."""
     return lane != other and len(lane.final("loss")) == len(other.final("loss")) > 1
 
 
@@ -202,23 +203,21 @@ def differences(raced: Mapping[str, Raced], other: LaneSummary) -> list[str]:
 def beside(races: Mapping[str, Mapping[str, Raced]], name: str) -> list[str]:
     """Lines of Markdown: by how much each lane is ahead of this one, a column for every race.
 
-    Lanes are in their order in the first race, where all races have differences.
+    A cell is empty where a race has no difference.
     """
-    rows = {
-        lane: [difference(lanes[lane].best, lanes[name].best) for lanes in races.values()]
-        for lane in next(iter(races.values()))
-        if all(
-            lane in lanes and _have_difference(lanes[lane].best, lanes[name].best)
-            for lanes in races.values()
-        )
-    }
+
+    def cell(lanes: Mapping[str, Raced], lane: str) -> str:
+        if lane not in lanes or not _have_difference(lanes[lane].best, lanes[name].best):
+            return ""
+        mean, error = difference(lanes[lane].best, lanes[name].best)
+        return f"{mean:.3f} ± {error:.3f}"
+
+    lanes = dict.fromkeys(lane for raced in races.values() for lane in raced if lane != name)
+    rows = ([lane, *(cell(raced, lane) for raced in races.values())] for lane in lanes)
     return [
         f"| ahead of {name} by | {' | '.join(races)} |",
         "| " + " | ".join(["---"] * (1 + len(races))) + " |",
-        *(
-            f"| {lane} | {' | '.join(f'{mean:.3f} ± {error:.3f}' for mean, error in cells)} |"
-            for lane, cells in rows.items()
-        ),
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
 
 
@@ -259,43 +258,44 @@ def main() -> None:
     """Prints the tables that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="of results, or paths to a results.json")
-    parser.add_argument("--summary", action="store_true", help="of all settings")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--summary", action="store_true", help="print that of all settings")
+    instead.add_argument(
         "--against", metavar="[NAME:]LANE", help="print differences from this lane instead"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--beside", metavar="LANE", help="print differences from this lane in one table instead"
     )
     options = parser.parse_args()
-    if not options.names and not options.summary:
+    if options.summary == bool(options.names):
         parser.error("name results, or --summary")
+    if options.summary:
+        print(*summary(), sep="\n")
+        return
     race, _, lane = (options.against or "").rpartition(":")
+    lane = options.beside or lane
     try:
         results = {name: results_of(name) for name in options.names}
         other = lanes_of(results_of(race)) if race else {}
     except FileNotFoundError as error:
         parser.error(f"there are no results {error.filename}")
-    raced = {name: lanes_of(found) for name, found in results.items()}
-
-    def check(option: str, name: str, lane: str, lanes: Mapping[str, Raced]) -> None:
-        if lane not in lanes:
-            parser.error(f"{option}: {name} has no lane {lane!r}, but {list(lanes)}")
-
+    raced = {
+        name if results[name]["complete"] else f"{name} (not complete)": lanes_of(results[name])
+        for name in options.names
+    }
+    for name, lanes in raced.items() if lane else ():
+        if lane not in (other or lanes):
+            option = "--against" if options.beside is None else "--beside"
+            parser.error(
+                f"{option}: {race or name} has no lane {lane!r}, but {[*(other or lanes)]}"
+            )
     if options.beside is not None:
-        for name, lanes in raced.items():
-            check("--beside", name, options.beside, lanes)
-        print(*beside(raced, options.beside), sep="\n")
+        print(*beside(raced, lane), sep="\n")
         return
     for name, lanes in raced.items():
-        unfinished = "" if results[name]["complete"] else " (not complete)"
-        if options.against is None:
-            lines = table(results[name])
-        else:
-            check("--against", race or name, lane, other or lanes)
-            lines = differences(lanes, (other or lanes)[lane].best)
-        print(f"{name}{unfinished}:\n", *lines, "", sep="\n")
-    if options.summary:
-        print(*summary(), sep="\n")
+        best = (other or lanes)[lane].best if lane else None
+        lines = table(lanes) if best is None else differences(lanes, best)
+        print(f"{name}:\n", *lines, "", sep="\n")
 
 
 if __name__ == "__main__":

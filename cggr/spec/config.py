@@ -138,11 +138,10 @@ class RoutingConfig:
 
         - ``"completions"``: all tokens that have labels, where prompts have none. Nothing is
           scored. Was ahead of dense training on the same tokens of code, and level or a little
-          ahead with ``"backward"`` of summaries. Where prompts can teach too, learn them first:
-          dense training on both is ahead until they are known. Needs `max_eligible_ratio`: with
-          ``split="token"`` the longest completion's part of its sequence, with ``"backward"`` the
-          completions' part of any batch. What has no label costs no backward pass there;
-          ``split="sequence"`` trains on everything.
+          ahead with ``"backward"`` of summaries; dense training on prompts too, where they can
+          teach, was ahead of that. Needs `max_eligible_ratio`: with ``split="token"`` the longest
+          completion's part of its sequence, with ``"backward"`` the completions' part of any batch.
+          What has no label costs no backward pass there; ``split="sequence"`` trains on everything.
         - ``"noisy"``: the 0.7 of the tokens whose loss is most in excess of a reference model's,
           where about 0.3 of a text cannot be learned. Needs `reference_nll` with every batch, of a
           reference that knows such text: by one that had read another, dense training was ahead.
