@@ -613,11 +613,22 @@ def test_the_exit_status_says_whether_all_is_raced(study, tmp_path, monkeypatch,
     assert f"scratch: {'raced' if done else 'stopped'}" in capsys.readouterr().out
 
 
+@pytest.fixture
+def sigint():
+    """As in a foreground process: shells make those in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_ends_a_study(study, tmp_path, monkeypatch):
     def race(self, gpu, setting):
         raced.append(setting)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        end = time.monotonic() + 60
         while self.deadline > 0:
+            assert time.monotonic() < end
             time.sleep(0.01)
 
     raced = []
